@@ -1,0 +1,1 @@
+"""Adapters: the ports of `clarion.ports` over files, databases and brokers."""

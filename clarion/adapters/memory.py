@@ -1,0 +1,122 @@
+"""The ports in memory: for tests, simulations and one-process uses. The same contract suites run over them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clarion.codec import decode, encode
+from clarion.errors import PermanentError, StoreUnavailableError, TransientError
+from clarion.model import ObjectRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime, timedelta
+    from typing import BinaryIO
+
+    from clarion.codec import Record
+    from clarion.events import Event
+    from clarion.plugins import StreamHandler
+    from clarion.ports import Clock
+
+
+class ManualClock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, start: datetime) -> None:
+        self._now = start
+        self._elapsed_s = 0.0
+
+    def now(self) -> datetime:
+        """Give the time it was last moved to."""
+        return self._now
+
+    def monotonic(self) -> float:
+        """Give the seconds it was moved by."""
+        return self._elapsed_s
+
+    def advance(self, step: timedelta) -> None:
+        """Move it."""
+        self._now += step
+        self._elapsed_s += step.total_seconds()
+
+
+class MemoryStore:
+    """An object store in memory."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+
+    def put(self, data: bytes) -> ObjectRef:
+        """Keep the data."""
+        digest = hashlib.sha256(data).hexdigest()
+        self._objects[digest] = bytes(data)
+        return ObjectRef(location=f"memory:{digest}", digest=digest, size_bytes=len(data))
+
+    def open(self, ref: ObjectRef) -> BinaryIO:
+        """Open an object for reading."""
+        if ref.digest not in self._objects:
+            raise StoreUnavailableError(f"object {ref.digest[:16]} is not in the store")
+        return io.BytesIO(self._objects[ref.digest])
+
+
+@dataclass(slots=True)
+class _Subscription:
+    kinds: frozenset[str]
+    handler: StreamHandler
+    position: int = 0
+    tries: int = 0
+    paused_until: float = 0.0
+
+
+class MemoryBus:
+    """A bus in memory, in one process; `dead_letters` holds what handlers could not bear, with the reason."""
+
+    def __init__(self, clock: Clock, *, tries: int = 5) -> None:
+        self._clock = clock
+        self._tries = tries
+        self._records: list[Record] = []
+        self._seen: set[str] = set()
+        self._subscriptions: dict[str, _Subscription] = {}
+        self.dead_letters: list[tuple[str, Record, str]] = []
+
+    def publish(self, events: Iterable[Event]) -> None:
+        """Keep the events."""
+        for record in map(encode, events):
+            if record.headers["ce_id"] not in self._seen:
+                self._seen.add(record.headers["ce_id"])
+                self._records.append(record)
+
+    def subscribe(self, consumer: str, kinds: Iterable[type[Event]], handler: StreamHandler) -> None:
+        """Let the handler see the events of the kinds."""
+        self._subscriptions[consumer] = _Subscription(frozenset(kind.kind for kind in kinds), handler)
+
+    def step(self) -> bool:
+        """Hand each handler what is waiting for it."""
+        return any([self._advance(name, one) for name, one in self._subscriptions.items()])
+
+    def _advance(self, name: str, subscription: _Subscription) -> bool:
+        moved = False
+        while subscription.position < len(self._records) and self._clock.monotonic() >= subscription.paused_until:
+            record = self._records[subscription.position]
+            if record.headers["ce_type"] in subscription.kinds and not self._handle(name, subscription, record):
+                return True
+            subscription.position, subscription.tries, moved = subscription.position + 1, 0, True
+        return moved
+
+    def _handle(self, name: str, subscription: _Subscription, record: Record) -> bool:
+        try:
+            self.publish(subscription.handler.handle(decode(record)))
+        except TransientError as error:
+            subscription.paused_until = self._clock.monotonic() + error.retry_after_s
+            return False
+        except PermanentError as error:
+            self.dead_letters.append((name, record, str(error)))
+        except Exception as error:  # noqa: BLE001  the contract: a few tries, then a dead letter
+            subscription.tries += 1
+            if subscription.tries < self._tries:
+                return False
+            self.dead_letters.append((name, record, f"{type(error).__name__}: {error}"))
+        return True

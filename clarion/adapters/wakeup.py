@@ -1,0 +1,58 @@
+"""Wake the other processes of this machine: a datagram to every socket in a folder.
+
+A lost wake-up costs a second, never an event: everybody looks by himself once a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Wakeup:
+    """One process's doorbell in a folder that all share. Not thread-safe, except `ring`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A socket's path may have 107 bytes; by way of the open folder it is short however deep the folder lies.
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._name = f"{name}.sock"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._name, dir_fd=self._folder)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind(self._path(self._name))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a ring; tell whether there was one."""
+        if not select.select([self._socket], [], [], timeout_s)[0]:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._socket.recv(16)
+        return True
+
+    def ring(self) -> None:
+        """Wake everybody else, and whoever waits here."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            for name in os.listdir(self._folder):
+                # Nobody there any more, or awake with a full queue: either way nothing is lost.
+                with contextlib.suppress(OSError):
+                    sender.sendto(b"!", self._path(name))
+
+    def close(self) -> None:
+        """Take the doorbell down."""
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._name, dir_fd=self._folder)
+        os.close(self._folder)
+
+    def _path(self, name: str) -> str:
+        return f"/proc/self/fd/{self._folder}/{name}"

@@ -1,0 +1,273 @@
+"""The configuration file: its models, loading it as a whole, masking what is secret.
+
+Every fault is found in one pass and names file, line, key and what to write instead. Nothing reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from clarion.errors import ConfigError
+from clarion.located import Keys, Located
+
+
+def _ae_title(text: str) -> str:
+    """Check an AE title (PS3.5 6.2, VR AE); outer spaces are not part of it."""
+    trimmed = text.strip(" ")
+    if not 1 <= len(trimmed) <= 16:  # noqa: PLR2004  the length of VR AE
+        raise ValueError("an AE title has 1 to 16 characters")
+    if "\\" in trimmed or not trimmed.isascii() or not trimmed.isprintable():
+        raise ValueError("an AE title has no backslash, no control characters and only ASCII")
+    return trimmed
+
+
+AeTitle = Annotated[str, AfterValidator(_ae_title)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class Model(BaseModel):
+    """A part of the configuration: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VerificationConfig(Model):
+    """The Verification SOP Class."""
+
+    enabled: bool = True
+
+
+class ScpConfig(Model):
+    """The address that modalities send to."""
+
+    host: str = "127.0.0.1"
+    port: Port = 11112
+    max_associations: Annotated[int, Field(ge=1, le=1000)] = 25
+    max_pdu: Annotated[int, Field(ge=4096, le=131072)] = 131072
+    accept_private_sop_classes: bool = True
+    reject_unknown_sources: bool = True
+    verification: VerificationConfig = VerificationConfig()
+
+
+class CalledAe(Model):
+    """A called AE title, and the rule that groups what is sent to it."""
+
+    ae_title: AeTitle
+    rule: str = "by-tag"
+    settings: dict[str, str] = {}
+    overwrite_same_instance: bool = False
+    ignored_sop_classes: tuple[str, ...] = ()
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _numbers_as_text(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {key: str(one) if isinstance(one, int | float) else one for key, one in value.items()}
+        return value
+
+
+class Source(Model):
+    """Who may send: a calling AE title together with its addresses (address, CIDR or host name, comma-separated)."""
+
+    ae_title: AeTitle
+    host: str
+
+    @field_validator("host")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(parts):
+            raise ValueError("must name an address, a network like 10.1.0.0/16 or a host name")
+        for part in parts:
+            if "/" in part:
+                ipaddress.ip_network(part, strict=False)
+        return value
+
+
+class DestinationConfig(Model):
+    """A PACS that results are delivered to."""
+
+    name: Name
+    ae_title: AeTitle
+    host: str = Field(min_length=1)
+    port: Port
+
+
+class IntakeConfig(Model):
+    """How much of the disk receiving may use."""
+
+    watermark_percent: Annotated[int, Field(ge=1, le=100)] = 85
+    reserve_gb: Annotated[float, Field(ge=0)] = 5.0
+
+
+class ScuConfig(Model):
+    """How we call ourselves when we send."""
+
+    ae_title: AeTitle = "CLARION"
+
+
+class DeliveryConfig(Model):
+    """Delivering results: budgets and deadlines."""
+
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    retry_delay_s: Annotated[float, Field(gt=0)] = 180.0
+    retry_delay_max_s: Annotated[float, Field(gt=0)] = 3600.0
+    failure_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    connect_timeout_s: Annotated[float, Field(gt=0, le=300)] = 10.0
+    dimse_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    verify: bool = True
+    commitment_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+
+class GatewayConfig(Model):
+    """DICOM in, DICOM out."""
+
+    scp: ScpConfig = ScpConfig()
+    scu: ScuConfig = ScuConfig()
+    ae_titles: tuple[CalledAe, ...] = ()
+    sources: tuple[Source, ...] = ()
+    destinations: tuple[DestinationConfig, ...] = ()
+    intake: IntakeConfig = IntakeConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
+
+
+class PipelineConfig(Model):
+    """A pipeline definition and where its results go; `file` is a path or `builtin:NAME`."""
+
+    id: Name
+    file: str
+    destinations: tuple[str, ...] = ()
+
+
+class OrchestratorConfig(Model):
+    """Running jobs on this machine."""
+
+    max_jobs: Annotated[int, Field(ge=1, le=64)] = 1
+    timeout_default_s: Annotated[float, Field(gt=0)] = 600.0
+    timeout_max_s: Annotated[float, Field(gt=0)] = 1800.0
+    retry_budget: Annotated[int, Field(ge=0, le=10)] = 2
+
+
+class ConsoleConfig(Model):
+    """The web page; beyond loopback it needs a token."""
+
+    host: str = "127.0.0.1"
+    port: Port = 5000
+    token: SecretStr | None = None
+
+
+class DatabaseConfig(Model):
+    """Where the tables are; the default is SQLite under `data`."""
+
+    url: str | None = None
+
+
+class BusConfig(Model):
+    """What carries the events."""
+
+    kind: Literal["embedded"] = "embedded"
+
+
+class LogConfig(Model):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class Config(Model):
+    """The whole configuration file."""
+
+    data: Path = Path("clarion-data")
+    database: DatabaseConfig = DatabaseConfig()
+    bus: BusConfig = BusConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    pipelines: tuple[PipelineConfig, ...] = ()
+    orchestrator: OrchestratorConfig = OrchestratorConfig()
+    console: ConsoleConfig = ConsoleConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def database_url(self) -> str:
+        """The database to use."""
+        return self.database.url or f"sqlite:///{self.data / 'clarion.db'}"
+
+
+def load_config(path: Path) -> tuple[Config, Located]:
+    """Read and check the file against the models; relative `data` and pipeline files are beside the file.
+
+    Raises ConfigError with every fault found. The located document is given for the checks that need plug-ins.
+    """
+    located = Located.of_file(path)
+    if not isinstance(located.value, dict):
+        located.fault((), "must be a mapping of keys, as `clarion config example` prints it")
+        _raise(located)
+    try:
+        config = Config.model_validate(located.value)
+    except ValidationError as error:
+        for fault in error.errors():
+            located.fault(tuple(fault["loc"]), _remedy(fault["type"], fault["msg"], tuple(fault["loc"])))
+        _raise(located)
+        raise
+    _check_references(config, located)
+    _raise(located)
+    return config.model_copy(update={"data": (path.parent / config.data).resolve()}), located
+
+
+def _raise(located: Located) -> None:
+    if located.faults:
+        raise ConfigError([f"{place}: {what}" for place, what in located.faults])
+
+
+def _remedy(kind: str, message: str, keys: Keys) -> str:
+    if kind == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        close = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        return f"unknown key; did you mean {close[0]!r}?" if close else f"unknown key; known here: {', '.join(known)}"
+    if kind == "missing":
+        return "is required; add it"
+    return message.removeprefix("Value error, ")
+
+
+def _known_keys(keys: Keys) -> list[str]:
+    model: type[BaseModel] = Config
+    for key in keys:
+        if isinstance(key, str) and key in model.model_fields:
+            model = _model_in(model.model_fields[key].annotation) or model
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401  a type annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _model_in(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _check_references(config: Config, located: Located) -> None:
+    gateway = config.gateway
+    _check_unique(located, ("gateway", "ae_titles"), "ae_title", [one.ae_title for one in gateway.ae_titles])
+    _check_unique(located, ("gateway", "destinations"), "name", [one.name.lower() for one in gateway.destinations])
+    _check_unique(located, ("pipelines",), "id", [one.id for one in config.pipelines])
+    names = {one.name.lower(): one.name for one in gateway.destinations}
+    for index, pipeline in enumerate(config.pipelines):
+        for place, name in enumerate(pipeline.destinations):
+            if name.lower() not in names:
+                known = ", ".join(sorted(names.values())) or "none"
+                keys = ("pipelines", index, "destinations", place)
+                located.fault(keys, f"no destination {name!r}; gateway.destinations has: {known}")
+
+
+def _check_unique(located: Located, keys: Keys, field: str, values: list[str]) -> None:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            located.fault((*keys, index, field), f"{value!r} is used twice; each must be unique")

@@ -1,0 +1,68 @@
+"""Entry points -> plug-ins, and the check that our package names are ours alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from clarion.errors import ClarionError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DISTRIBUTION = "clarion-gateway"
+PACKAGES = ("clarion", "gateway", "rules", "streams", "orchestrator", "operators", "writers", "console")
+
+
+def check_package_names() -> None:
+    """Refuse to run beside a distribution that provides one of our top-level packages."""
+    providers = importlib.metadata.packages_distributions()
+    foreign = {
+        name: sorted(set(providers.get(name, [])) - {DISTRIBUTION})
+        for name in PACKAGES
+        if set(providers.get(name, [])) - {DISTRIBUTION}
+    }
+    if foreign:
+        listed = "; ".join(f"package {name!r} also comes from {', '.join(others)}" for name, others in foreign.items())
+        raise ClarionError(f"{listed}. Install {DISTRIBUTION} into an environment without it")
+
+
+def names(group: str) -> list[str]:
+    """List the plug-ins of an entry-point group."""
+    return sorted({point.name for point in importlib.metadata.entry_points(group=group)})
+
+
+def find(group: str, name: str) -> type[Any]:
+    """Load the plug-in class of that name. Raises ConfigError when there is none or it cannot be loaded."""
+    points = [point for point in importlib.metadata.entry_points(group=group) if point.name == name]
+    if not points:
+        raise ConfigError([f"no {group} named {name!r}; there are: {', '.join(names(group)) or 'none'}"])
+    try:
+        found: type[Any] = points[0].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError([f"{group} {name!r} ({points[0].value}) cannot be loaded: {error}"]) from error
+    return found
+
+
+def config_model(plugin: type[Any]) -> type[BaseModel] | None:
+    """Give the plug-in's `Config`, if it has one."""
+    model = getattr(plugin, "Config", None)
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+def build(group: str, name: str, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401  the caller names the contract
+    """Make the plug-in with its validated settings. Raises ConfigError naming the setting."""
+    plugin = find(group, name)
+    model = config_model(plugin)
+    if model is None:
+        if settings:
+            raise ConfigError([f"{group} {name!r} takes no settings, but was given {', '.join(settings)}"])
+        return plugin()
+    try:
+        return plugin(model.model_validate(dict(settings)))
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+        ) from error

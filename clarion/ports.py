@@ -1,0 +1,51 @@
+"""What the stages need from the world: a bus, an object store, a clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from clarion.events import Event
+    from clarion.model import ObjectRef
+    from clarion.plugins import StreamHandler
+
+
+class EventBus(Protocol):
+    """Carries events at least once, in order per subject.
+
+    A handler's outgoing events are published before the incoming event counts as handled. A handler that raises a
+    TransientError gets the same event again after `retry_after_s`; a PermanentError makes a dead letter; anything
+    else is tried a few times and then makes a dead letter.
+    """
+
+    def publish(self, events: Iterable[Event]) -> None:
+        """Make the events durable; an event published before is passed over. Raises BusUnavailableError."""
+
+    def subscribe(self, consumer: str, kinds: Iterable[type[Event]], handler: StreamHandler) -> None:
+        """Let the handler see every event of the kinds, from the first one; its position is kept under `consumer`."""
+
+    def step(self) -> bool:
+        """Hand what is waiting to the handlers, a bounded number of events; tell whether there was any."""
+
+
+class ObjectStore(Protocol):
+    """Keeps bytes under references of its own making."""
+
+    def put(self, data: bytes) -> ObjectRef:
+        """Keep the data, durable on return; the same data again gives the same reference. Raises StoreUnavailableError."""
+
+    def open(self, ref: ObjectRef) -> BinaryIO:
+        """Open what the reference names for reading. Raises StoreUnavailableError when it is not there."""
+
+
+class Clock(Protocol):
+    """The time: `now` for what is stored, `monotonic` for durations."""
+
+    def now(self) -> datetime:
+        """Give the present time, UTC, with microseconds."""
+
+    def monotonic(self) -> float:
+        """Give seconds since some fixed moment, never running backwards."""

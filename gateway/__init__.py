@@ -1,0 +1,1 @@
+"""The gateway: DICOM in, DICOM out."""

@@ -1,0 +1,87 @@
+"""The access list: calling AE title and address, called AE title. Closed unless the configuration opens it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from clarion.config import GatewayConfig
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """An A-ASSOCIATE-RJ: result, source and reason of PS3.8 9.3.4, and the check that failed."""
+
+    check: str
+    result: int
+    source: int
+    reason: int
+
+
+CALLING_UNKNOWN = Rejection(check="calling-ae", result=1, source=1, reason=3)
+CALLED_UNKNOWN = Rejection(check="called-ae", result=1, source=1, reason=7)
+TOO_MANY = Rejection(check="association-limit", result=2, source=3, reason=2)
+NO_SPACE = Rejection(check="disk-space", result=2, source=3, reason=1)
+NOT_READY = Rejection(check="not-ready", result=2, source=3, reason=1)
+
+
+def _plain(address: str) -> _Address:
+    parsed = ipaddress.ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return mapped or parsed
+
+
+def matches(hosts: str, address: str) -> bool:
+    """Tell whether an address is one of a comma-separated list of addresses, networks and host names."""
+    peer = _plain(address)
+    return any(_matches_one(host.strip(), peer) for host in hosts.split(","))
+
+
+def _matches_one(host: str, peer: _Address) -> bool:
+    try:
+        return peer in ipaddress.ip_network(host, strict=False)
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return any(_plain(str(info[4][0])) == peer for info in found)
+
+
+class AccessList:
+    """Who may associate with whom, from the configuration."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._sources = [(source.ae_title, source.host) for source in config.sources]
+        self._peers = [(one.ae_title, one.host) for one in config.destinations]
+        self._called = {one.ae_title for one in config.ae_titles}
+        self._own = config.scu.ae_title
+        self._open = not config.scp.reject_unknown_sources
+
+    def check(self, calling: str, called: str, address: str) -> Rejection | None:
+        """Check an association request; None lets it pass."""
+        if self.is_source(calling, address):
+            return None if called in self._called else CALLED_UNKNOWN
+        if self.is_destination(calling, address):
+            return None if called in self._called or called == self._own else CALLED_UNKNOWN
+        return CALLING_UNKNOWN
+
+    def is_source(self, calling: str, address: str) -> bool:
+        """Tell whether the peer may send instances."""
+        return self._open or _listed(self._sources, calling, address)
+
+    def is_destination(self, calling: str, address: str) -> bool:
+        """Tell whether the peer is one we deliver to, and may report storage commitment."""
+        return _listed(self._peers, calling, address)
+
+
+def _listed(entries: Iterable[tuple[str, str]], ae_title: str, address: str) -> bool:
+    return any(title == ae_title and matches(host, address) for title, host in entries)

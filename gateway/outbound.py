@@ -1,0 +1,282 @@
+"""Deliveries in the database: what is to be sent where, how far it is. Every change and its event in one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from clarion import events
+from clarion.adapters.embedded import record_events
+from clarion.crashpoints import effect
+from clarion.model import ObjectRef, ResultInstance, ResultSet
+from gateway import tables
+from gateway.statuses import Outcome, classify, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from clarion.adapters.database import Database
+    from clarion.events import Event
+    from clarion.ports import ObjectStore
+
+SOURCE = "gateway"
+WAITING, SENT, VERIFIED, UNVERIFIED, FAILED = "waiting", "sent", "verified", "unverified", "failed"
+UNKNOWN_DESTINATION = "unknown-destination"
+
+_table = tables.deliveries
+_items = tables.delivery_instances
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """A delivery as it stands."""
+
+    delivery_id: str
+    job_id: str
+    destination: str
+    state: str
+    attempts: int
+    transaction_uid: str | None
+    verify_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One instance of a delivery; `status` is None before it was answered."""
+
+    instance: ResultInstance
+    status: int | None
+
+
+class DeliveryRequests:
+    """The handler of delivery.requested: a row per delivery and per instance."""
+
+    def __init__(self, database: Database, store: ObjectStore) -> None:
+        self._database = database
+        self._store = store
+
+    def handle(self, event: Event) -> Iterable[Event]:
+        """Note the delivery; passed over when it is known."""
+        if not isinstance(event, events.DeliveryRequested):
+            return ()
+        with self._store.open(event.result_set) as file:
+            instances = ResultSet.decode(file.read()).instances
+        with effect("delivery.request"), self._database.transaction() as connection:
+            known = connection.execute(sa.select(_table.c.state).where(_table.c.delivery_id == event.subject)).first()
+            if known is not None:
+                return ()
+            connection.execute(
+                _table.insert().values(
+                    delivery_id=event.subject,
+                    job_id=event.job_id,
+                    destination=event.destination,
+                    result_set=asdict(event.result_set),
+                    state=WAITING,
+                    sequence=event.sequence,
+                    attempts=0,
+                    due=event.time.isoformat(),
+                    requested=event.time.isoformat(),
+                    reason="",
+                )
+            )
+            for position, instance in enumerate(instances):
+                connection.execute(
+                    _items.insert().values(
+                        delivery_id=event.subject,
+                        sop_instance_uid=instance.sop_instance_uid,
+                        position=position,
+                        described=asdict(instance),
+                        status=None,
+                        note="",
+                    )
+                )
+        return ()
+
+
+class Outbound:
+    """Reads and changes deliveries. Safe from several threads."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def due(self, now: datetime) -> list[Delivery]:
+        """List what is to be sent or verified by now, in order of registration."""
+        query = (
+            sa.select(_table)
+            .where(_table.c.state.in_((WAITING, SENT)), _table.c.due <= now.isoformat())
+            .order_by(_table.c.requested, _table.c.delivery_id)
+        )
+        with self._database.reading() as connection:
+            return [_delivery(row) for row in connection.execute(query)]
+
+    def items(self, delivery_id: str) -> list[Item]:
+        """List a delivery's instances in the order of its set."""
+        query = sa.select(_items).where(_items.c.delivery_id == delivery_id).order_by(_items.c.position)
+        with self._database.reading() as connection:
+            return [
+                Item(
+                    instance=ResultInstance(**{**row.described, "object": ObjectRef(**row.described["object"])}),
+                    status=row.status,
+                )
+                for row in connection.execute(query)
+            ]
+
+    def begin_attempt(self, delivery_id: str, due: datetime) -> int:
+        """Count an attempt; should we die in it, the next one is due at `due`."""
+        with effect("delivery.attempt"), self._database.transaction() as connection:
+            connection.execute(
+                _table.update()
+                .where(_table.c.delivery_id == delivery_id)
+                .values(attempts=_table.c.attempts + 1, due=due.isoformat())
+            )
+            query = sa.select(_table.c.attempts).where(_table.c.delivery_id == delivery_id)
+            return int(connection.execute(query).scalar_one())
+
+    def answered(self, delivery_id: str, sop_instance_uid: str, status: int) -> None:
+        """Note the status of one instance."""
+        here = sa.and_(_items.c.delivery_id == delivery_id, _items.c.sop_instance_uid == sop_instance_uid)
+        with effect("delivery.record"), self._database.transaction() as connection:
+            connection.execute(_items.update().where(here).values(status=status, note=describe(status)))
+
+    def settle_sent(self, delivery: Delivery, *, now: datetime, verify_until: datetime, verify: bool) -> None:
+        """Every instance was answered with success: sent."""
+        statuses = tuple(
+            events.InstanceStatus(sop_instance_uid=item.instance.sop_instance_uid, status=item.status or 0)
+            for item in self.items(delivery.delivery_id)
+        )
+        with effect("delivery.settle"), self._database.transaction() as connection:
+            event = events.ResultDelivered(
+                **self._next(connection, delivery.delivery_id, now), destination=delivery.destination, instances=statuses
+            )
+            self._change(
+                connection,
+                delivery.delivery_id,
+                state=SENT if verify else UNVERIFIED,
+                due=now.isoformat(),
+                verify_until=verify_until.isoformat(),
+                reason="",
+            )
+            record_events(connection, [event])
+
+    def settle_failed(self, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None) -> None:
+        """An attempt failed: tried again at `again`, or never when that is None."""
+        with effect("delivery.settle"), self._database.transaction() as connection:
+            event = events.DeliveryFailed(
+                **self._next(connection, delivery.delivery_id, now),
+                destination=delivery.destination,
+                attempt=delivery.attempts,
+                reason=reason,
+                final=again is None,
+            )
+            self._change(
+                connection,
+                delivery.delivery_id,
+                state=FAILED if again is None else WAITING,
+                due=(again or now).isoformat(),
+                reason=reason,
+            )
+            record_events(connection, [event])
+
+    def commitment_asked(self, delivery_id: str, transaction_uid: str, due: datetime) -> None:
+        """Note that the peer agreed to report on a transaction; looked at again at `due`."""
+        with effect("commitment.record"), self._database.transaction() as connection:
+            self._change(connection, delivery_id, transaction_uid=transaction_uid, due=due.isoformat())
+
+    def look_again(self, delivery_id: str, due: datetime) -> None:
+        """Look at the delivery again at `due`."""
+        with self._database.transaction() as connection:
+            self._change(connection, delivery_id, due=due.isoformat())
+
+    def commitment(self, transaction_uid: str) -> tuple[set[str], set[str]] | None:
+        """Give what the peer reported for a transaction: stored and failed SOP Instance UIDs; None when nothing yet."""
+        table = tables.commitments
+        with self._database.reading() as connection:
+            row = connection.execute(sa.select(table).where(table.c.transaction_uid == transaction_uid)).one_or_none()
+        return None if row is None else (set(row.stored), set(row.failed))
+
+    def commitment_reported(
+        self, transaction_uid: str, peer: str, *, now: datetime, stored: tuple[str, ...], failed: tuple[str, ...]
+    ) -> None:
+        """Note a report that came on our own association."""
+        values = {"transaction_uid": transaction_uid, "peer": peer, "received": now.isoformat()}
+        with self._database.transaction() as connection:
+            connection.execute(
+                tables.commitments.insert().prefix_with("OR REPLACE", dialect="sqlite"),
+                {**values, "stored": list(stored), "failed": list(failed)},
+            )
+
+    def settle_verified(self, delivery: Delivery, *, now: datetime, how: str) -> None:
+        """The peer keeps every instance: verified."""
+        with effect("delivery.verify"), self._database.transaction() as connection:
+            event = events.ResultVerified(
+                **self._next(connection, delivery.delivery_id, now), destination=delivery.destination, how=how
+            )
+            self._change(connection, delivery.delivery_id, state=VERIFIED, reason=how)
+            record_events(connection, [event])
+
+    def settle_unverified(self, delivery_id: str, reason: str) -> None:
+        """The peer can tell nothing: it stays sent."""
+        with self._database.transaction() as connection:
+            self._change(connection, delivery_id, state=UNVERIFIED, reason=reason)
+
+    def lost(self, delivery: Delivery, *, missing: set[str], now: datetime, again: datetime | None) -> None:
+        """The peer accepted instances and does not have them: exactly those are sent again."""
+        here = sa.and_(_items.c.delivery_id == delivery.delivery_id, _items.c.sop_instance_uid.in_(sorted(missing)))
+        with self._database.transaction() as connection:
+            connection.execute(_items.update().where(here).values(status=None, note="accepted, then lost"))
+            self._change(connection, delivery.delivery_id, transaction_uid=None)
+        self.settle_failed(delivery, now=now, reason=f"accepted-then-lost: {len(missing)} instances", again=again)
+
+    def requeue(self, names: Iterable[str], now: datetime) -> int:
+        """Take up deliveries whose destination was unknown and now is not; gives the count."""
+        here = sa.and_(
+            _table.c.state == FAILED, _table.c.reason == UNKNOWN_DESTINATION, _table.c.destination.in_(list(names))
+        )
+        with self._database.reading() as connection:
+            if connection.execute(sa.select(_table.c.delivery_id).where(here)).first() is None:
+                return 0
+        with self._database.transaction() as connection:
+            return connection.execute(
+                _table.update().where(here).values(state=WAITING, due=now.isoformat(), attempts=0, reason="")
+            ).rowcount
+
+    def _next(self, connection: sa.Connection, delivery_id: str, now: datetime) -> dict[str, Any]:
+        here = _table.c.delivery_id == delivery_id
+        connection.execute(_table.update().where(here).values(sequence=_table.c.sequence + 1))
+        sequence = connection.execute(sa.select(_table.c.sequence).where(here)).scalar_one()
+        return {"subject": delivery_id, "sequence": sequence, "time": now, "source": SOURCE}
+
+    def _change(self, connection: sa.Connection, delivery_id: str, **values: object) -> None:
+        connection.execute(_table.update().where(_table.c.delivery_id == delivery_id).values(**values))
+
+
+def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`
+    return Delivery(
+        delivery_id=row.delivery_id,
+        job_id=row.job_id,
+        destination=row.destination,
+        state=row.state,
+        attempts=row.attempts,
+        transaction_uid=row.transaction_uid,
+        verify_until=datetime.fromisoformat(row.verify_until) if row.verify_until else None,
+    )
+
+
+def backoff(attempt: int, first_s: float, longest_s: float) -> timedelta:
+    """How long to wait after the n-th attempt: doubling, bounded."""
+    return timedelta(seconds=min(longest_s, first_s * 2 ** (attempt - 1)))
+
+
+def judge(items: list[Item]) -> tuple[Outcome, str]:
+    """Judge an attempt by its items: all done, try again, or never, with the reason naming instance and status."""
+    outcomes = [(item, classify(item.status) if item.status is not None else Outcome.AGAIN) for item in items]
+    for wanted in (Outcome.NEVER, Outcome.AGAIN):
+        bad = [item for item, outcome in outcomes if outcome is wanted]
+        if bad:
+            first = bad[0]
+            said = describe(first.status) if first.status is not None else "not sent"
+            return wanted, f"{len(bad)} of {len(items)} instances; first {first.instance.sop_instance_uid}: {said}"
+    return Outcome.DONE, ""

@@ -1,0 +1,144 @@
+"""What the console may ask of the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from gateway import tables
+
+if TYPE_CHECKING:
+    from clarion.adapters.database import Database
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyCounts:
+    """What came of a study: received = grouped + ignored + quarantined."""
+
+    study_uid: str
+    first_received: str
+    last_received: str
+    received: int
+    grouped: int
+    ignored: int
+    quarantined: int
+    conflicted: int
+    series: int
+    calling_ae: str
+    called_ae: str
+    modality: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryRow:
+    """How a delivery stands."""
+
+    delivery_id: str
+    job_id: str
+    destination: str
+    state: str
+    attempts: int
+    reason: str
+    instances: int
+    answered: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineRow:
+    """Something set aside, and why."""
+
+    quarantine_id: str
+    study_uid: str
+    sop_instance_uid: str
+    calling_ae: str
+    called_ae: str
+    received: str
+    reason: str
+
+
+def list_studies(database: Database, limit: int = 200, study_uid: str | None = None) -> list[StudyCounts]:
+    """List studies with their counts, the latest first; or just one."""
+    query = sa.select(tables.studies).order_by(tables.studies.c.last_received.desc()).limit(limit)
+    if study_uid is not None:
+        query = query.where(tables.studies.c.study_uid == study_uid)
+    with database.reading() as connection:
+        return [_counts(connection, row) for row in connection.execute(query)]
+
+
+def _counts(connection: sa.Connection, study: sa.Row[tuple[object, ...]]) -> StudyCounts:
+    one = tables.instances
+    row = connection.execute(
+        sa.select(
+            sa.func.count().filter(one.c.state == "grouped"),
+            sa.func.count().filter(one.c.state == "ignored"),
+            sa.func.count().filter(one.c.conflicted),
+            sa.func.count(one.c.series_uid.distinct()),
+            sa.func.min(one.c.calling_ae),
+            sa.func.min(one.c.called_ae),
+            sa.func.min(one.c.attributes["00080060"].as_string()),
+        ).where(one.c.study_uid == study.study_uid)
+    ).one()
+    quarantined = connection.execute(
+        sa.select(sa.func.count()).where(tables.quarantine.c.study_uid == study.study_uid)
+    ).scalar_one()
+    return StudyCounts(
+        study_uid=str(study.study_uid),
+        first_received=str(study.first_received),
+        last_received=str(study.last_received),
+        received=row[0] + row[1] + quarantined,
+        grouped=row[0],
+        ignored=row[1],
+        quarantined=quarantined,
+        conflicted=row[2],
+        series=row[3],
+        calling_ae=row[4] or "",
+        called_ae=row[5] or "",
+        modality=row[6] or "",
+    )
+
+
+def list_deliveries(database: Database, job_ids: list[str]) -> list[DeliveryRow]:
+    """List the deliveries of some jobs."""
+    table, items = tables.deliveries, tables.delivery_instances
+    with database.reading() as connection:
+        rows = connection.execute(
+            sa.select(
+                table, sa.func.count(items.c.position).label("instances"), sa.func.count(items.c.status).label("answered")
+            )
+            .select_from(table.outerjoin(items, items.c.delivery_id == table.c.delivery_id))
+            .where(table.c.job_id.in_(job_ids))
+            .group_by(table.c.delivery_id)
+            .order_by(table.c.requested)
+        ).all()  # fmt: skip
+    return [
+        DeliveryRow(
+            delivery_id=row.delivery_id,
+            job_id=row.job_id,
+            destination=row.destination,
+            state=row.state,
+            attempts=row.attempts,
+            reason=row.reason,
+            instances=row.instances,
+            answered=row.answered,
+        )
+        for row in rows
+    ]
+
+
+def list_quarantine(database: Database, limit: int = 500) -> list[QuarantineRow]:
+    """List what is in quarantine, the latest first."""
+    table = tables.quarantine
+    with database.reading() as connection:
+        rows = connection.execute(sa.select(table).order_by(table.c.received.desc()).limit(limit)).mappings().all()
+    names = QuarantineRow.__dataclass_fields__
+    return [QuarantineRow(**{name: row[name] for name in names}) for row in rows]
+
+
+def count_open_groups(database: Database) -> int:
+    """Count the groups that wait for more."""
+    with database.reading() as connection:
+        return connection.execute(
+            sa.select(sa.func.count()).where(tables.groups.c.state == "open")
+        ).scalar_one()  # fmt: skip

@@ -1,0 +1,240 @@
+"""The Storage and Verification SCP on pynetdicom, and the receiving side of storage commitment reports.
+
+pynetdicom's types end in this module: it checks the association, hands bytes to `Intake` and answers with its status.
+A faster data path replaces this module alone.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from pydicom import Dataset
+from pynetdicom import AE, _config, evt
+from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
+from pynetdicom.transport import ThreadedAssociationServer
+
+from clarion.crashpoints import effect, reach
+from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from clarion.elements import EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
+from clarion.errors import ResourceBusyError, StoreUnavailableError
+from gateway.access import NO_SPACE, NOT_READY, TOO_MANY, AccessList
+from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
+
+if TYPE_CHECKING:
+    from clarion.config import ScpConfig
+    from gateway.access import Rejection
+    from gateway.intake import Intake
+    from gateway.space import Space
+
+log = structlog.get_logger()
+
+# Any storage SOP Class and any transfer syntax: the library's process-wide switch, set by the one module that serves.
+_config.UNRESTRICTED_STORAGE_SERVICE = True
+_config.LOG_HANDLER_LEVEL = "none"
+
+_NOT_AUTHORISED = 0x0124
+_CLASS_NOT_SUPPORTED = 0x0122
+_STANDARD_ROOT = "1.2.840.10008."
+_MAX_COMMENT = 64
+_NOT_STORAGE = frozenset((Verification, StorageCommitmentPushModel))
+
+
+class _Server(ThreadedAssociationServer):
+    request_queue_size = 128
+
+
+@dataclass(slots=True)
+class _Association:
+    """What we keep of one association while it lasts."""
+
+    id: str
+    calling: str
+    called: str
+    address: str
+    is_source: bool
+    studies: dict[str, list[int]] = field(default_factory=dict)
+
+    def count(self, answer: Answer) -> None:
+        counts = self.studies.setdefault(answer.study_uid, [0, 0])
+        counts[0 if answer.status == SUCCESS else 1] += 1
+
+
+class Scp:
+    """Listens for associations until it is drained."""
+
+    def __init__(self, config: ScpConfig, *, access: AccessList, intake: Intake, space: Space) -> None:
+        self._config = config
+        self._access = access
+        self._intake = intake
+        self._space = space
+        self._lock = threading.Lock()
+        self._open: dict[object, _Association] = {}
+        self._draining = False
+        self.refused = 0
+        self._ae = self._entity()
+        handlers: list[Any] = [
+            (evt.EVT_CONN_OPEN, self._connected),
+            (evt.EVT_REQUESTED, self._requested),
+            (evt.EVT_C_ECHO, self._verified),
+            (evt.EVT_C_STORE, self._stored),
+            (evt.EVT_N_EVENT_REPORT, self._reported),
+            (evt.EVT_PDU_SENT, _sent),
+            (evt.EVT_RELEASED, lambda event: self._ended(event, "released")),
+            (evt.EVT_ABORTED, lambda event: self._ended(event, "aborted")),
+            (evt.EVT_CONN_CLOSE, lambda event: self._ended(event, "connection lost")),
+        ]
+        try:
+            self._server = self._ae.make_server(
+                (config.host, config.port), evt_handlers=handlers, server_class=_Server
+            )
+        except OSError as error:
+            raise ResourceBusyError(
+                f"gateway.scp: cannot listen on {config.host}:{config.port}: {error.strerror}; is the port taken by "
+                "another program, or below 1024 without permission?"
+            ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="scp", daemon=True)
+        self._thread.start()
+
+    @property
+    def associations(self) -> int:
+        """How many associations are open."""
+        return len(self._open)
+
+    def drain(self, deadline_s: float) -> None:
+        """Accept no more, let open associations end until the deadline, abort the rest."""
+        self._draining = True
+        end = time.monotonic() + deadline_s
+        with threading.Condition() as waiting:
+            while self._open and time.monotonic() < end:
+                waiting.wait(0.05)
+        self._server.shutdown()
+        self._server.server_close()
+        self._ae.shutdown()
+
+    def _entity(self) -> AE:
+        ae = AE()
+        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID  # type: ignore[assignment]
+        ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        ae.maximum_pdu_size = self._config.max_pdu
+        # The limit is checked by us, in the order of the specification.
+        ae.maximum_associations = 10_000
+        if self._config.verification.enabled:
+            ae.add_supported_context(Verification, [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE])
+        ae.add_supported_context(StorageCommitmentPushModel, [EXPLICIT_LE, IMPLICIT_LE], scu_role=True, scp_role=True)
+        return ae
+
+    def _connected(self, event: evt.Event) -> None:
+        transport = event.assoc.dul.socket
+        if transport is not None and transport.socket is not None:
+            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _requested(self, event: evt.Event) -> None:
+        assoc = event.assoc
+        request = assoc.requestor.primitive
+        calling, called = str(request.calling_ae_title).strip(), str(request.called_ae_title).strip()
+        address = str(assoc.requestor.address)
+        storage = any(
+            context.abstract_syntax not in _NOT_STORAGE for context in request.presentation_context_definition_list
+        )
+        rejection = self._check(calling, called, address, storage=storage)
+        if rejection is not None:
+            self.refused += 1
+            log.warning(
+                "association.rejected", check=rejection.check, calling_ae=calling, called_ae=called, address=address
+            )
+            assoc.acse.send_reject(rejection.result, rejection.source, rejection.reason)
+            assoc.kill()
+            return
+        opened = _Association(uuid.uuid4().hex, calling, called, address, self._access.is_source(calling, address))
+        with self._lock:
+            self._open[assoc] = opened
+        log.info("association.requested", association=opened.id, calling_ae=calling, called_ae=called, address=address)
+
+    def _check(self, calling: str, called: str, address: str, *, storage: bool) -> Rejection | None:
+        rejection = self._access.check(calling, called, address)
+        if rejection is not None:
+            return rejection
+        if self._draining:
+            return NOT_READY
+        with self._lock:
+            if len(self._open) >= self._config.max_associations:
+                return TOO_MANY
+        return NO_SPACE if storage and not self._space.available() else None
+
+    def _verified(self, _event: evt.Event) -> int:
+        return SUCCESS
+
+    def _stored(self, event: evt.Event) -> int | Dataset:
+        association = self._open.get(event.assoc)
+        request = event.request
+        sop_class_uid = str(request.AffectedSOPClassUID)
+        if association is None or not association.is_source:
+            return _status(_NOT_AUTHORISED, "not a source of instances")
+        if not self._config.accept_private_sop_classes and not sop_class_uid.startswith(_STANDARD_ROOT):
+            return _status(_CLASS_NOT_SUPPORTED, "private SOP Classes are not accepted")
+        answer = self._intake.receive(
+            Arrival(
+                data=request.DataSet.getvalue() if request.DataSet is not None else b"",
+                sop_class_uid=sop_class_uid,
+                sop_instance_uid=str(request.AffectedSOPInstanceUID),
+                transfer_syntax_uid=str(event.context.transfer_syntax),
+                calling_ae=association.calling,
+                called_ae=association.called,
+                association=association.id,
+            )
+        )
+        association.count(answer)
+        if answer.status == SUCCESS:
+            reach("before:scp.respond")
+            return SUCCESS
+        return _status(answer.status, answer.comment)
+
+    def _reported(self, event: evt.Event) -> tuple[int, Dataset | None]:
+        """Take a storage commitment result; success only after it is journalled."""
+        association = self._open.get(event.assoc)
+        if association is None or not self._access.is_destination(association.calling, association.address):
+            return _NOT_AUTHORISED, None
+        try:
+            report = event.event_information
+            stored = [str(item.ReferencedSOPInstanceUID) for item in report.get("ReferencedSOPSequence", [])]
+            failed = [str(item.ReferencedSOPInstanceUID) for item in report.get("FailedSOPSequence", [])]
+            transaction = str(report.TransactionUID)
+        except AttributeError:
+            return CANNOT_UNDERSTAND, None
+        try:
+            self._intake.commitment_reported(association.calling, transaction, stored, failed)
+        except StoreUnavailableError:
+            return PROCESSING_FAILURE, None
+        return SUCCESS, None
+
+    def _ended(self, event: evt.Event, reason: str) -> None:
+        with self._lock:
+            association = self._open.pop(event.assoc, None)
+        if association is None:
+            return
+        log.info("association.ended", association=association.id, reason=reason)
+        with effect("scp.associationended"):
+            self._intake.association_ended(
+                association.id,
+                reason,
+                calling_ae=association.calling,
+                called_ae=association.called,
+                studies={study: (counts[0], counts[1]) for study, counts in association.studies.items()},
+            )
+
+
+def _status(status: int, comment: str) -> Dataset:
+    ds = Dataset()
+    ds.Status = status
+    ds.ErrorComment = comment[:_MAX_COMMENT]
+    return ds
+
+
+def _sent(_event: evt.Event) -> None:
+    reach("after:scp.respond")

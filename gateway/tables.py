@@ -1,0 +1,152 @@
+"""The gateway's tables. No other stage reads them; the console does through `gateway.queries`.
+
+received = grouped + ignored + quarantined, per study: `instances` holds the first two and conflicts, `quarantine` the
+third.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+SCHEMA_VERSION = 1
+
+metadata = sa.MetaData()
+
+studies = sa.Table(
+    "studies",
+    metadata,
+    sa.Column("study_uid", sa.Text, primary_key=True),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("first_received", sa.Text, nullable=False),
+    sa.Column("last_received", sa.Text, nullable=False, index=True),
+)
+
+instances = sa.Table(
+    "instances",
+    metadata,
+    sa.Column("sop_instance_uid", sa.Text, primary_key=True),
+    sa.Column("digest", sa.Text, primary_key=True),
+    sa.Column("study_uid", sa.Text, nullable=False, index=True),
+    sa.Column("series_uid", sa.Text, nullable=False),
+    sa.Column("sop_class_uid", sa.Text, nullable=False),
+    sa.Column("transfer_syntax_uid", sa.Text, nullable=False),
+    sa.Column("calling_ae", sa.Text, nullable=False),
+    sa.Column("called_ae", sa.Text, nullable=False),
+    sa.Column("received", sa.Text, nullable=False),
+    sa.Column("object", sa.JSON, nullable=False),
+    sa.Column("attributes", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("conflicted", sa.Boolean, nullable=False, default=False),
+)
+
+quarantine = sa.Table(
+    "quarantine",
+    metadata,
+    sa.Column("quarantine_id", sa.Text, primary_key=True),
+    sa.Column("study_uid", sa.Text, nullable=False, index=True),
+    sa.Column("sop_instance_uid", sa.Text, nullable=False),
+    sa.Column("sop_class_uid", sa.Text, nullable=False),
+    sa.Column("transfer_syntax_uid", sa.Text, nullable=False),
+    sa.Column("calling_ae", sa.Text, nullable=False),
+    sa.Column("called_ae", sa.Text, nullable=False),
+    sa.Column("received", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("object", sa.JSON, nullable=True),
+)
+
+ignored = sa.Table(
+    "ignored",
+    metadata,
+    sa.Column("ignored_id", sa.Text, primary_key=True),
+    sa.Column("sop_instance_uid", sa.Text, nullable=False),
+    sa.Column("sop_class_uid", sa.Text, nullable=False),
+    sa.Column("called_ae", sa.Text, nullable=False),
+    sa.Column("received", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+
+groups = sa.Table(
+    "groups",
+    metadata,
+    sa.Column("group_id", sa.Text, primary_key=True),
+    sa.Column("called_ae", sa.Text, nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("opened", sa.Text, nullable=False),
+    sa.Column("last_received", sa.Text, nullable=False),
+    sa.Column("closed", sa.Text, nullable=True),
+    sa.Column("check_at", sa.Text, nullable=False, index=True),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.UniqueConstraint("called_ae", "rule", "key", "epoch"),
+)
+
+members = sa.Table(
+    "group_members",
+    metadata,
+    sa.Column("group_id", sa.Text, sa.ForeignKey("groups.group_id"), primary_key=True),
+    sa.Column("sop_instance_uid", sa.Text, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("study_uid", sa.Text, nullable=False, index=True),
+)
+
+revisions = sa.Table(
+    "group_revisions",
+    metadata,
+    sa.Column("group_id", sa.Text, sa.ForeignKey("groups.group_id"), primary_key=True),
+    sa.Column("revision", sa.Integer, primary_key=True),
+    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("manifest_digest", sa.Text, nullable=False),
+    sa.Column("instances", sa.Integer, nullable=False),
+    sa.Column("closed", sa.Text, nullable=False),
+)
+
+journal_positions = sa.Table(
+    "journal_positions",
+    metadata,
+    sa.Column("reader", sa.Text, primary_key=True),
+    sa.Column("segment", sa.Integer, nullable=False),
+    sa.Column("offset", sa.Integer, nullable=False),
+)
+
+commitments = sa.Table(
+    "commitments",
+    metadata,
+    sa.Column("transaction_uid", sa.Text, primary_key=True),
+    sa.Column("peer", sa.Text, nullable=False),
+    sa.Column("received", sa.Text, nullable=False),
+    sa.Column("stored", sa.JSON, nullable=False),
+    sa.Column("failed", sa.JSON, nullable=False),
+)
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("delivery_id", sa.Text, primary_key=True),
+    sa.Column("job_id", sa.Text, nullable=False, index=True),
+    sa.Column("destination", sa.Text, nullable=False),
+    sa.Column("result_set", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due", sa.Text, nullable=False),
+    sa.Column("requested", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("transaction_uid", sa.Text, nullable=True),
+    sa.Column("verify_until", sa.Text, nullable=True),
+)
+
+delivery_instances = sa.Table(
+    "delivery_instances",
+    metadata,
+    sa.Column("delivery_id", sa.Text, sa.ForeignKey("deliveries.delivery_id"), primary_key=True),
+    sa.Column("sop_instance_uid", sa.Text, primary_key=True),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("described", sa.JSON, nullable=False),
+    sa.Column("status", sa.Integer, nullable=True),
+    sa.Column("note", sa.Text, nullable=False, default=""),
+)

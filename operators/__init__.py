@@ -1,0 +1,1 @@
+"""What runs on images, and the runner inside a job."""

@@ -1,0 +1,1 @@
+"""The orchestrator: a requested job becomes a finished one."""

@@ -1,0 +1,324 @@
+"""The ledger: the queue between requests and processors, and what became of each job.
+
+Every change of a job's state and the event that reports it are one transaction. States: requested -> running ->
+succeeded | failed; requested, running and finished jobs of an older revision become superseded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from clarion import events
+from clarion.adapters.embedded import record_events
+from clarion.crashpoints import effect
+from clarion.model import ObjectRef, ResultSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from clarion.adapters.database import Database
+    from clarion.events import Event
+    from clarion.ports import Clock
+
+SOURCE = "orchestrator"
+SCHEMA_VERSION = 1
+REQUESTED, RUNNING, SUCCEEDED, FAILED, SUPERSEDED = "requested", "running", "succeeded", "failed", "superseded"
+PRIORITIES = {"immediate": 0, "higher": 1, "normal": 2, "lower": 3}
+
+metadata = sa.MetaData()
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("pipeline_id", sa.Text, nullable=False),
+    sa.Column("definition", sa.JSON, nullable=False),
+    sa.Column("group_id", sa.Text, nullable=False, index=True),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("destinations", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("requested", sa.Text, nullable=False),
+    sa.Column("started", sa.Text, nullable=True),
+    sa.Column("finished", sa.Text, nullable=True),
+    sa.Column("cause", sa.Text, nullable=False, default=""),
+    sa.Column("operator", sa.Text, nullable=False, default=""),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("result_set", sa.JSON, nullable=True),
+)
+operators = sa.Table(
+    "job_operators",
+    metadata,
+    sa.Column("job_id", sa.Text, sa.ForeignKey("jobs.job_id"), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("operator", sa.Text, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("started", sa.Text, nullable=True),
+    sa.Column("finished", sa.Text, nullable=True),
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("log", sa.JSON, nullable=True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job as the engine needs it."""
+
+    job_id: str
+    name: str
+    pipeline_id: str
+    definition: ObjectRef
+    group_id: str
+    revision: int
+    manifest: ObjectRef
+    destinations: tuple[str, ...]
+    attempt: int
+    requested: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a job failed: the class of failure, where, and what to tell a person."""
+
+    cause: str
+    operator: str
+    reason: str
+    rules: tuple[str, ...] = ()
+
+
+class JobRequests:
+    """The handler of job.requested: a row per job."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def handle(self, event: Event) -> Iterable[Event]:
+        """Enter the job; passed over when it is known. Older revisions of its group are superseded."""
+        if not isinstance(event, events.JobRequested):
+            return ()
+        with effect("ledger.request"), self._database.transaction() as connection:
+            if connection.execute(sa.select(jobs.c.state).where(jobs.c.job_id == event.subject)).first() is not None:
+                return ()
+            newest = _newest_revision(connection, event)
+            connection.execute(
+                jobs.insert().values(
+                    job_id=event.subject,
+                    name=event.name,
+                    pipeline_id=event.pipeline_id,
+                    definition=asdict(event.definition),
+                    group_id=event.group_id,
+                    revision=event.revision,
+                    manifest=asdict(event.manifest),
+                    priority=PRIORITIES.get(event.priority, PRIORITIES["normal"]),
+                    destinations=list(event.destinations),
+                    state=REQUESTED,
+                    attempt=0,
+                    sequence=event.sequence,
+                    requested=event.time.isoformat(),
+                    cause="",
+                    operator="",
+                    reason="",
+                )
+            )
+            if newest is not None and newest.revision > event.revision:
+                _supersede(connection, event.subject, by=newest.job_id, now=event.time)
+            else:
+                self._supersede_older(connection, event)
+        return ()
+
+    def _supersede_older(self, connection: sa.Connection, event: events.JobRequested) -> None:
+        older = connection.execute(
+            sa.select(jobs.c.job_id).where(
+                jobs.c.group_id == event.group_id,
+                jobs.c.pipeline_id == event.pipeline_id,
+                jobs.c.revision < event.revision,
+                jobs.c.state.in_((REQUESTED, RUNNING, SUCCEEDED)),
+            )
+        ).scalars()
+        for job_id in older.all():
+            _supersede(connection, job_id, by=event.subject, now=event.time)
+
+
+def _newest_revision(connection: sa.Connection, event: events.JobRequested) -> Any:  # noqa: ANN401  a row or None
+    return connection.execute(
+        sa.select(jobs.c.job_id, jobs.c.revision)
+        .where(jobs.c.group_id == event.group_id, jobs.c.pipeline_id == event.pipeline_id)
+        .order_by(jobs.c.revision.desc())
+        .limit(1)
+    ).one_or_none()
+
+
+def _supersede(connection: sa.Connection, job_id: str, *, by: str, now: datetime) -> None:
+    common = _next(connection, job_id, now)
+    connection.execute(jobs.update().where(jobs.c.job_id == job_id).values(state=SUPERSEDED, finished=now.isoformat()))
+    record_events(connection, [events.JobSuperseded(**common, by=by)])
+
+
+def _next(connection: sa.Connection, job_id: str, now: datetime) -> dict[str, Any]:
+    """Count up the job's event sequence; give what every event carries."""
+    connection.execute(jobs.update().where(jobs.c.job_id == job_id).values(sequence=jobs.c.sequence + 1))
+    sequence = connection.execute(sa.select(jobs.c.sequence).where(jobs.c.job_id == job_id)).scalar_one()
+    return {"subject": job_id, "sequence": sequence, "time": now, "source": SOURCE}
+
+
+class Ledger:
+    """Reads and changes jobs, for the one engine."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        database.create(SOURCE, metadata, SCHEMA_VERSION)
+
+    def interrupted(self) -> list[Job]:
+        """List the jobs that were running when the engine ended."""
+        with self._database.reading() as connection:
+            return [_job(row) for row in connection.execute(sa.select(jobs).where(jobs.c.state == RUNNING))]
+
+    def next_requested(self) -> Job | None:
+        """Give the job to start next: by priority, then in order of request."""
+        query = (
+            sa.select(jobs)
+            .where(jobs.c.state == REQUESTED)
+            .order_by(jobs.c.priority, jobs.c.requested, jobs.c.job_id)
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _job(row)
+
+    def is_superseded(self, job_id: str) -> bool:
+        """Tell whether a newer revision took the job's place."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(jobs.c.state).where(jobs.c.job_id == job_id)).scalar() == SUPERSEDED
+
+    def start(self, job: Job, operator_names: list[str]) -> int:
+        """Begin an attempt; gives its number."""
+        now = self._clock.now()
+        attempt = job.attempt + 1
+        with effect("ledger.start"), self._database.transaction() as connection:
+            common = _next(connection, job.job_id, now)
+            connection.execute(
+                jobs.update()
+                .where(jobs.c.job_id == job.job_id)
+                .values(state=RUNNING, attempt=attempt, started=now.isoformat())
+            )
+            for name in operator_names:
+                connection.execute(
+                    operators.insert().values(
+                        job_id=job.job_id, attempt=attempt, operator=name, state="waiting", reason=""
+                    )
+                )
+            record_events(connection, [events.JobStarted(**common, attempt=attempt)])
+        return attempt
+
+    def operator_started(self, job_id: str, attempt: int, operator: str) -> None:
+        """Note that an operator runs."""
+        self._operator(job_id, attempt, operator, {"state": "running", "started": self._clock.now().isoformat()})
+
+    def operator_ended(self, job_id: str, attempt: int, operator: str, *, reason: str, log: ObjectRef | None) -> None:
+        """Note that an operator completed, or failed with a reason."""
+        values = {
+            "state": "failed" if reason else "completed",
+            "finished": self._clock.now().isoformat(),
+            "reason": reason,
+            "log": asdict(log) if log else None,
+        }
+        self._operator(job_id, attempt, operator, values)
+
+    def _operator(self, job_id: str, attempt: int, operator: str, values: dict[str, Any]) -> None:
+        here = sa.and_(
+            operators.c.job_id == job_id, operators.c.attempt == attempt, operators.c.operator == operator
+        )
+        with effect("ledger.operator"), self._database.transaction() as connection:
+            connection.execute(operators.update().where(here).values(**values))
+
+    def succeed(self, job: Job, attempt: int, result_set: ResultSet, ref: ObjectRef) -> None:
+        """The job is done: its state, job.succeeded and result.registered in one transaction."""
+        now = self._clock.now()
+        with effect("ledger.succeed"), self._database.transaction() as connection:
+            if not _still_running(connection, job.job_id, attempt):
+                return
+            succeeded = events.JobSucceeded(
+                **_next(connection, job.job_id, now), attempt=attempt, results=len(result_set.instances)
+            )
+            registered = events.ResultRegistered(
+                **_next(connection, job.job_id, now),
+                result_set=ref,
+                set_digest=result_set.digest,
+                instances=len(result_set.instances),
+                destinations=job.destinations,
+            )
+            connection.execute(
+                jobs.update()
+                .where(jobs.c.job_id == job.job_id)
+                .values(state=SUCCEEDED, finished=now.isoformat(), result_set=asdict(ref))
+            )
+            record_events(connection, [succeeded, registered])
+
+    def fail(self, job: Job, attempt: int, failure: Failure, quarantined: ObjectRef | None = None) -> None:
+        """The job failed: its state and its events in one transaction; operators that had not ended are cancelled."""
+        now = self._clock.now()
+        with effect("ledger.fail"), self._database.transaction() as connection:
+            if not _still_running(connection, job.job_id, attempt):
+                return
+            said: list[Event] = []
+            if quarantined is not None:
+                said.append(
+                    events.ResultBlocked(
+                        **_next(connection, job.job_id, now), rules=failure.rules, result_set=quarantined
+                    )
+                )
+            said.append(
+                events.JobFailed(
+                    **_next(connection, job.job_id, now),
+                    attempt=attempt,
+                    cause=failure.cause,
+                    operator=failure.operator,
+                    reason=failure.reason,
+                )
+            )
+            connection.execute(
+                jobs.update()
+                .where(jobs.c.job_id == job.job_id)
+                .values(
+                    state=FAILED,
+                    finished=now.isoformat(),
+                    cause=failure.cause,
+                    operator=failure.operator,
+                    reason=failure.reason,
+                    result_set=asdict(quarantined) if quarantined else None,
+                )
+            )
+            connection.execute(
+                operators.update()
+                .where(operators.c.job_id == job.job_id, operators.c.state.in_(("waiting", "running")))
+                .values(state="cancelled")
+            )
+            record_events(connection, said)
+
+
+def _still_running(connection: sa.Connection, job_id: str, attempt: int) -> bool:
+    row = connection.execute(sa.select(jobs.c.state, jobs.c.attempt).where(jobs.c.job_id == job_id)).one()
+    return bool(row.state == RUNNING and row.attempt == attempt)
+
+
+def _job(row: Any) -> Job:  # noqa: ANN401  a row of `jobs`
+    return Job(
+        job_id=row.job_id,
+        name=row.name,
+        pipeline_id=row.pipeline_id,
+        definition=ObjectRef(**row.definition),
+        group_id=row.group_id,
+        revision=row.revision,
+        manifest=ObjectRef(**row.manifest),
+        destinations=tuple(row.destinations),
+        attempt=row.attempt,
+        requested=row.requested,
+    )

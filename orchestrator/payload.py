@@ -1,0 +1,63 @@
+"""Make a job's payload: the manifest's instances as Part 10 files in a private, read-only folder, digests verified."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from clarion.crashpoints import effect
+from clarion.dicom import part10, read_attributes
+from clarion.errors import PermanentError
+from clarion.model import Manifest, is_uid
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clarion.model import ManifestEntry, ObjectRef
+    from clarion.ports import ObjectStore
+
+
+_PATIENT_ID = "00100020"
+
+
+def _safe(uid: str) -> str:
+    """Give a file name: the UID itself if it is made like one, else a hash of it. Never wire text as a path."""
+    return uid if is_uid(uid) else hashlib.sha256(uid.encode()).hexdigest()[:32]
+
+
+def materialise(store: ObjectStore, manifest: ObjectRef, folder: Path) -> int:
+    """Write `dcm/<patient>/<study>/<series>/<instance>.dcm` under the folder; gives the count.
+
+    `<patient>` is the first 16 hex digits of SHA-256(PatientID), so that a path tells nothing.
+
+    Raises PermanentError when an object is not what the manifest says, StoreUnavailableError when it cannot be read.
+    """
+    with store.open(manifest) as file:
+        entries = Manifest.decode(file.read()).entries
+    patients: dict[str, str] = {}
+    with effect("payload.write"):
+        for entry in entries:
+            _write(store, entry, folder / "dcm", patients)
+    return len(entries)
+
+
+def _write(store: ObjectStore, entry: ManifestEntry, root: Path, patients: dict[str, str]) -> None:
+    with store.open(entry.object) as file:
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != entry.digest:
+        raise PermanentError(f"object {entry.digest[:16]} is damaged: its bytes have another digest")
+    if entry.study_uid not in patients:
+        patient_id = read_attributes(data, entry.transfer_syntax_uid).get(_PATIENT_ID, "")
+        patients[entry.study_uid] = hashlib.sha256(patient_id.encode()).hexdigest()[:16]
+    place = root / patients[entry.study_uid] / _safe(entry.study_uid) / _safe(entry.series_uid)
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{_safe(entry.sop_instance_uid)}.dcm"
+    path.write_bytes(
+        part10(
+            data,
+            sop_class_uid=entry.sop_class_uid,
+            sop_instance_uid=entry.sop_instance_uid,
+            transfer_syntax_uid=entry.transfer_syntax_uid,
+        )
+    )
+    path.chmod(0o400)

@@ -1,0 +1,1 @@
+"""Built-in grouping rules: pure, and loaded by the same entry points as a stranger's."""

@@ -1,0 +1,1 @@
+"""Outcome to DICOM object."""

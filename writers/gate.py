@@ -1,0 +1,162 @@
+"""The result gate: reads what was written with a parser of its own and says which rules it breaks.
+
+Nothing leaves that the gate has a finding about (writers specification, section 4). Rules here: G01 whole encoding,
+G02 type 1 attributes, G03 UIDs and numbers, G04 patient, study and frame of reference of the source, G05 UIDs unique,
+G06 references resolve, G07 and G08 SEG geometry and frames, G10 SEG voxels equal the labels, G11 contours closed and
+in plane, G13 SR content complete, G16 qualification marked and no private element.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from clarion.dicom import read_headers, split_part10
+from clarion.elements import Walker
+from clarion.errors import InvalidInstanceError
+from clarion.labels import load_labels
+from writers.gate_objects import CHECKS
+from writers.gate_view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from pydicom import Dataset
+
+    from clarion.labels import Labels
+    from clarion.plugins import Workspace
+
+_EQUAL_TO_SOURCE = (
+    ("StudyInstanceUID", 0x0020000D),
+    ("PatientID", 0x00100020),
+    ("PatientName", 0x00100010),
+    ("PatientBirthDate", 0x00100030),
+    ("PatientSex", 0x00100040),
+    ("StudyDate", 0x00080020),
+    ("AccessionNumber", 0x00080050),
+)
+_FRAME_OF_REFERENCE = 0x00200052
+_SERIES_UID, _SOP_INSTANCE, _SOP_CLASS, _MODALITY = 0x0020000E, 0x00080018, 0x00080016, 0x00080060
+# Type 1 for every IOD we write: SOP Common, General Study, General Series, Enhanced Equipment.
+_TYPE_1 = (_SOP_CLASS, _SOP_INSTANCE, 0x0020000D, _SERIES_UID, _MODALITY, 0x00080070, 0x00081090, 0x00181000, 0x00181020)
+_TYPE_2 = (0x00100010, 0x00100020, 0x00100030, 0x00100040, 0x00080020, 0x00080030, 0x00080090, 0x00200010, 0x00080050)
+_REFERENCED_INSTANCE = 0x00081155
+_NOT_FOR_CLINICAL_USE = "not for clinical use"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A rule that a result breaks."""
+
+    rule: str
+    output: str
+    detail: str
+
+
+class ResultGate:
+    """The operator that every pipeline ends in."""
+
+    def run(self, inputs: Mapping[str, Path], workspace: Workspace) -> None:
+        """Write `findings.json`: an empty list when everything may leave."""
+        source = [ds for _, ds in read_headers(inputs["payload"])]
+        labelled = [load_labels(path) for name, path in inputs.items() if (path / "segments.json").exists()]
+        results = [
+            (name.partition(".")[0], path)
+            for name, folder in inputs.items()
+            if name != "payload"
+            for path in sorted(folder.rglob("*.dcm"))
+        ]
+        findings = check_results(results, source, labelled[0] if labelled else None)
+        for one in findings:
+            workspace.log(f"{one.rule} {one.output}: {one.detail}")
+        text = json.dumps([asdict(one) for one in findings])
+        (workspace.outputs["findings"] / "findings.json").write_text(text)
+
+
+def check_results(
+    results: list[tuple[str, Path]], source: list[Dataset], labels: Labels | None
+) -> list[Finding]:
+    """Check the files of a result set against each other, their source and the labels they were made from."""
+    findings: list[Finding] = []
+    views: list[View] = []
+    for output, path in results:
+        try:
+            data, syntax = split_part10(path.read_bytes())
+            views.append(View(output, data, syntax))
+        except InvalidInstanceError as error:
+            findings.append(Finding(rule="G01", output=output, detail=str(error)))
+    if not results:
+        findings.append(Finding(rule="G08", output="", detail="the job made no result"))
+    known = {str(ds.SOPInstanceUID): str(ds.SOPClassUID) for ds in source}
+    known |= {view.text(_SOP_INSTANCE): view.text(_SOP_CLASS) for view in views}
+    seen: set[str] = set()
+    for view in views:
+        said = [*_common(view, source, known), *_unique(view, seen)]
+        for check in CHECKS.get(view.text(_MODALITY), ()):
+            said += check(view, source, labels)
+        findings += [Finding(rule=rule, output=view.output, detail=detail) for rule, detail in said]
+    return findings
+
+
+def _common(view: View, source: list[Dataset], known: dict[str, str]) -> Iterator[tuple[str, str]]:
+    yield from _nesting(view)
+    for tag in _TYPE_1:
+        if not view.text(tag):
+            yield "G02", f"type 1 attribute {tag:08X} is absent or empty"
+    for tag in _TYPE_2:
+        if tag not in view.top:
+            yield "G02", f"type 2 attribute {tag:08X} is absent"
+    yield from _same_as_source(view, source)
+    for item in view.everywhere(_REFERENCED_INSTANCE):
+        uid = view.text_of(item)
+        if uid not in known and uid not in {str(ds.StudyInstanceUID) for ds in source}:
+            yield "G06", f"reference to {uid} resolves to nothing"
+            break
+    if any(tag >> 16 & 1 for tag in view.top):
+        yield "G16", "a private element"
+    if _NOT_FOR_CLINICAL_USE not in view.described().lower():
+        yield "G16", f"nothing says that it is {_NOT_FOR_CLINICAL_USE}"
+
+
+def _nesting(view: View) -> Iterator[tuple[str, str]]:
+    tags = [element.tag for element in Walker(view.data, view.syntax).elements()]
+    if tags != sorted(set(tags)):
+        yield "G01", "tags do not ascend"
+    if any((element.end - element.start) % 2 for element in view.top.values()):
+        yield "G01", "an element has an odd length"
+
+
+def _same_as_source(view: View, source: list[Dataset]) -> Iterator[tuple[str, str]]:
+    for keyword, tag in _EQUAL_TO_SOURCE:
+        allowed = {_plain(ds, keyword) for ds in source}
+        if view.raw(tag).strip(b" \0") not in allowed:
+            yield "G04", f"{keyword} is not that of the source"
+    if _FRAME_OF_REFERENCE in view.top:
+        frames = {str(ds.get("FrameOfReferenceUID", "")) for ds in source}
+        if view.text(_FRAME_OF_REFERENCE) not in frames:
+            yield "G04", "FrameOfReferenceUID is not that of the source"
+
+
+def _plain(ds: Dataset, keyword: str) -> bytes:
+    """Give the source's value as bytes, as it was encoded there."""
+    if keyword not in ds:
+        return b""
+    raw = ds.get_item(keyword)
+    value = getattr(raw, "value", b"")
+    if isinstance(value, bytes):
+        return value.strip(b" \0")
+    original = getattr(value, "original_string", None)
+    if isinstance(original, bytes):
+        return original.strip(b" \0")
+    return str(value if value is not None else "").encode("utf-8").strip(b" \0")
+
+
+def _unique(view: View, seen: set[str]) -> Iterator[tuple[str, str]]:
+    uid = view.text(_SOP_INSTANCE)
+    if uid in seen:
+        yield "G05", f"SOP Instance UID {uid} is used twice in the set"
+    seen.add(uid)
+    if not uid.startswith("2.25."):
+        yield "G05", "SOP Instance UID is not derived from the job"

@@ -1,0 +1,196 @@
+"""Who a result is: derived UIDs, the job's time, copied patient and study attributes, equipment, references.
+
+Everything is derived from the job, so a second attempt writes the same UIDs and times (writers specification 1.3).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Self
+
+from pydicom import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, read_headers
+from clarion.errors import UnreadableSeriesError
+from clarion.model import derive_uid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from clarion.labels import CodedConcept, Labels
+    from clarion.volume import Volume
+
+MANUFACTURER = "Clarion"
+NOT_FOR_CLINICAL_USE = "Not for clinical use"
+QUALIFICATION = "RESEARCH"
+SERIES_BASE = 9000
+NUMBERS = {"seg": 1, "rtstruct": 2, "sr": 3, "overview": 6}
+
+# Patient, Study, Patient Study and Clinical Trial attributes that results share with their source (PS3.3 C.7.1, C.7.2).
+_TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
+_TYPE_2_STUDY = ("StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber")
+_TYPE_3 = (
+    "IssuerOfPatientID",
+    "OtherPatientIDsSequence",
+    "PatientIdentityRemoved",
+    "DeidentificationMethod",
+    "DeidentificationMethodCodeSequence",
+    "IssuerOfAccessionNumberSequence",
+    "StudyDescription",
+    "ProcedureCodeSequence",
+    "PatientAge",
+    "PatientSize",
+    "PatientWeight",
+    "ClinicalTrialSponsorName",
+    "ClinicalTrialProtocolID",
+    "ClinicalTrialProtocolName",
+    "ClinicalTrialSiteID",
+    "ClinicalTrialSiteName",
+    "ClinicalTrialSubjectID",
+    "TimezoneOffsetFromUTC",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobIdentity:
+    """What a writer may know of its job: nothing else from the job reaches a result."""
+
+    job_id: str
+    requested: datetime
+    pipeline: str
+    pipeline_version: str
+
+    @classmethod
+    def of(cls, facts: Mapping[str, str]) -> Self:
+        """Take it from a workspace's facts."""
+        return cls(
+            job_id=facts["job_id"],
+            requested=datetime.fromisoformat(facts["requested"]),
+            pipeline=facts["pipeline"],
+            pipeline_version=facts["pipeline_version"],
+        )
+
+    def uid(self, kind: str, *parts: object) -> str:
+        """Derive a UID of this job's."""
+        return derive_uid(self.job_id, kind, *parts)
+
+    @property
+    def date(self) -> str:
+        """The job's request as a DICOM date."""
+        return f"{self.requested:%Y%m%d}"
+
+    @property
+    def time(self) -> str:
+        """The job's request as a DICOM time."""
+        return f"{self.requested:%H%M%S.%f}"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSeries:
+    """The headers of the series a result is about, in the order of the volume's slices."""
+
+    headers: tuple[Dataset, ...]
+
+    @property
+    def first(self) -> Dataset:
+        """The first used slice: what patient and study attributes are copied from."""
+        return self.headers[0]
+
+
+def read_source(payload: Path, volume: Volume) -> SourceSeries:
+    """Read the headers of the volume's slices from the payload."""
+    by_uid = {str(ds.SOPInstanceUID): ds for _, ds in read_headers(payload)}
+    missing = [one.sop_instance_uid for one in volume.sources if one.sop_instance_uid not in by_uid]
+    if missing:
+        raise UnreadableSeriesError("missing-instance", f"{len(missing)} slices are not in the payload: {missing[0]}")
+    return SourceSeries(tuple(by_uid[one.sop_instance_uid] for one in volume.sources))
+
+
+def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
+    """Copy what results share with their source; absent type 2 attributes become empty, absent type 3 stay absent."""
+    for keyword in (*_TYPE_2, *_TYPE_2_STUDY):
+        if keyword in source:
+            target[keyword] = source[keyword]
+        else:
+            setattr(target, keyword, None)
+    for keyword in _TYPE_3:
+        if keyword in source and source[keyword].value not in (None, ""):
+            target[keyword] = source[keyword]
+        elif keyword in target:
+            delattr(target, keyword)
+    target.StudyInstanceUID = source.StudyInstanceUID
+    if "SpecificCharacterSet" in source:
+        target.SpecificCharacterSet = source.SpecificCharacterSet
+    elif "SpecificCharacterSet" in target:
+        del target.SpecificCharacterSet
+
+
+def stamp(ds: Dataset, job: JobIdentity, kind: str, *, label: str, modality: str) -> None:
+    """Set a result's identity: UIDs, numbers, times, equipment, description."""
+    ds.Modality = modality
+    ds.SOPInstanceUID = job.uid(kind, "instance")
+    ds.SeriesInstanceUID = job.uid(kind, "series")
+    ds.SeriesNumber, ds.InstanceNumber = SERIES_BASE + NUMBERS[kind], 1
+    ds.SeriesDescription = f"AI {job.pipeline} {label}"[:64]
+    ds.InstanceCreationDate = ds.SeriesDate = job.date
+    ds.InstanceCreationTime = ds.SeriesTime = job.time
+    if modality != "RTSTRUCT":
+        ds.ContentDate, ds.ContentTime = job.date, job.time
+    ds.InstanceCreatorUID = IMPLEMENTATION_CLASS_UID
+    ds.Manufacturer, ds.ManufacturerModelName = MANUFACTURER, job.pipeline
+    ds.DeviceSerialNumber, ds.SoftwareVersions = job.pipeline_version, importlib.metadata.version("clarion-gateway")
+
+
+def add_contributing_equipment(ds: Dataset, source: Dataset, labels: Labels | None) -> None:
+    """Name the scanner and the algorithm that contributed (PS3.3 C.12.1.1.5)."""
+    scanner = Dataset()
+    scanner.PurposeOfReferenceCodeSequence = [code("109101", "DCM", "Acquisition Equipment")]
+    scanner.Manufacturer = str(source.get("Manufacturer") or "unknown")
+    for keyword in ("ManufacturerModelName", "SoftwareVersions"):
+        if source.get(keyword):
+            setattr(scanner, keyword, source.get(keyword))
+    items = [scanner]
+    if labels is not None:
+        algorithm = Dataset()
+        algorithm.PurposeOfReferenceCodeSequence = [code("109102", "DCM", "Processing Equipment")]
+        algorithm.Manufacturer = labels.algorithm.manufacturer
+        algorithm.ManufacturerModelName = labels.algorithm.name
+        algorithm.SoftwareVersions = labels.algorithm.version
+        items.append(algorithm)
+    ds.ContributingEquipmentSequence = items
+
+
+def code(value: str, scheme: str, meaning: str) -> Dataset:
+    """Make a code sequence item (PS3.3 8.8)."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
+def code_of(concept: CodedConcept) -> Dataset:
+    """Make a code sequence item of a coded concept."""
+    return code(concept.value, concept.scheme, concept.meaning)
+
+
+def reference(ds: Dataset) -> Dataset:
+    """Make an item that references an instance (PS3.3 10.8)."""
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    return item
+
+
+def save(ds: Dataset, folder: Path, kind: str, syntax: str = ExplicitVRLittleEndian) -> Path:
+    """Write a result as `KIND.dcm`."""
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.file_meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
+    ds.file_meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    path = folder / f"{kind}.dcm"
+    ds.save_as(path, enforce_file_format=True)
+    return path
