@@ -45,8 +45,8 @@ _MAX_COMMENT = 64
 _NOT_STORAGE = frozenset((Verification, StorageCommitmentPushModel))
 
 
-class _Server(ThreadedAssociationServer):
-    request_queue_size = 128
+# Of many associations at once none is turned away by the kernel.
+ThreadedAssociationServer.request_queue_size = 128
 
 
 @dataclass(slots=True)
@@ -90,16 +90,12 @@ class Scp:
             (evt.EVT_CONN_CLOSE, lambda event: self._ended(event, "connection lost")),
         ]
         try:
-            self._server = self._ae.make_server(
-                (config.host, config.port), evt_handlers=handlers, server_class=_Server
-            )
+            self._server = self._ae.start_server((config.host, config.port), block=False, evt_handlers=handlers)
         except OSError as error:
             raise ResourceBusyError(
                 f"gateway.scp: cannot listen on {config.host}:{config.port}: {error.strerror}; is the port taken by "
                 "another program, or below 1024 without permission?"
             ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="scp", daemon=True)
-        self._thread.start()
 
     @property
     def associations(self) -> int:
@@ -113,8 +109,6 @@ class Scp:
         with threading.Condition() as waiting:
             while self._open and time.monotonic() < end:
                 waiting.wait(0.05)
-        self._server.shutdown()
-        self._server.server_close()
         self._ae.shutdown()
 
     def _entity(self) -> AE:

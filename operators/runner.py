@@ -6,10 +6,8 @@ trace is in the log). The environment is that of the pipeline language, section 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING
 from clarion.crashpoints import effect
 from clarion.errors import ConfigError, PermanentError
 from clarion.loading import build, config_model, find
+from clarion.processes import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from clarion.plugins import Operator
 
 OPERATORS = "clarion.operators"
-_PR_SET_PDEATHSIG = 1
 _FACTS = {
     "job_id": "CLARION_JOB_ID",
     "attempt": "CLARION_ATTEMPT",
@@ -87,13 +85,6 @@ def run(environment: Mapping[str, str]) -> int:
         traceback.print_exc()
         return 2
     return 0
-
-
-def end_with_parent(parent: str) -> None:
-    """Ask the kernel to end this process when the engine ends, and leave at once if it has already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent and os.getppid() != int(parent):
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""Wiring: a checked configuration and a stage's name -> the stage, ready to be stepped. Nothing happens at import."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from clarion.adapters.clock import SystemClock
+from clarion.adapters.database import Database
+from clarion.adapters.files import FileStore, make_folder
+from clarion.errors import ResourceBusyError
+from clarion.service import open_wakeup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from io import TextIOWrapper
+    from pathlib import Path
+
+    from clarion.adapters.embedded import EmbeddedBus
+    from clarion.adapters.wakeup import Wakeup
+    from clarion.plugins import Executor
+    from clarion.ports import Clock
+    from clarion.service import Stage
+    from console.checks import Checked
+    from gateway.delivery import DeliveryStage
+    from gateway.grouping import Grouping
+    from gateway.scp import Scp
+    from orchestrator.engine import Engine
+    from streams.stage import StreamsStage
+
+STAGES = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
+_DRAIN_S = 15.0
+
+
+def lock(data: Path, name: str) -> TextIOWrapper:
+    """Take a lock that ends with this process. Raises ResourceBusyError when another process has it."""
+    make_folder(data)
+    file = (data / f"{name}.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ResourceBusyError(
+            f"another Clarion ({name}) already runs on {data}; stop it, or give this one a `data` folder of its own"
+        ) from error
+    return file
+
+
+@dataclass
+class App:
+    """What the stages of one process share; each part is made when it is first used."""
+
+    checked: Checked
+    wakeup: Wakeup
+    clock: Clock
+
+    @cached_property
+    def data(self) -> Path:
+        """The data folder."""
+        return make_folder(self.checked.config.data)
+
+    @cached_property
+    def store(self) -> FileStore:
+        """The object store."""
+        return FileStore(self.data / "objects")
+
+    @cached_property
+    def database(self) -> Database:
+        """The database."""
+        make_folder(self.data)
+        return Database(self.checked.config.database_url, on_commit=self.wakeup.ring)
+
+    def bus(self) -> EmbeddedBus:
+        """A bus for one stage's subscriptions."""
+        from clarion.adapters.embedded import EmbeddedBus  # noqa: PLC0415  each process imports only what it runs
+
+        return EmbeddedBus(self.database, self.clock)
+
+    def intake(self) -> IntakeStage:
+        """Receiving: depends on the local disk alone."""
+        return IntakeStage(self)
+
+    def grouping(self) -> Grouping:
+        """The grouping owner."""
+        from gateway.grouping import Grouping  # noqa: PLC0415  as above
+        from gateway.registry import load_registry  # noqa: PLC0415  as above
+
+        self.bus()
+        return Grouping(
+            journal_folder=make_folder(self.data / "journal"),
+            database=self.database,
+            store=self.store,
+            clock=self.clock,
+            registry=load_registry(self.checked.config.gateway),
+        )
+
+    def streams(self) -> StreamsStage:
+        """The stream handlers."""
+        from streams.stage import StreamsStage, resolve  # noqa: PLC0415  as above
+
+        described = [
+            (one.id, self.checked.definitions[one.id], one.destinations) for one in self.checked.config.pipelines
+        ]
+        return StreamsStage(bus=self.bus(), database=self.database, pipelines=resolve(described, self.store))
+
+    def orchestrator(self, executor: Executor | None = None) -> Engine:
+        """The orchestrator, with the local executor unless given another."""
+        from clarion.events import JobRequested  # noqa: PLC0415  as above
+        from clarion.loading import build  # noqa: PLC0415  as above
+        from orchestrator.engine import Engine  # noqa: PLC0415  as above
+        from orchestrator.ledger import JobRequests, Ledger  # noqa: PLC0415  as above
+
+        ledger = Ledger(self.database, self.clock)
+        bus = self.bus()
+        bus.subscribe("ledger", [JobRequested], JobRequests(self.database))
+        return Engine(
+            config=self.checked.config.orchestrator,
+            bus=bus,
+            ledger=ledger,
+            executor=executor or build("clarion.executors", "local", {}),
+            store=self.store,
+            work=self.data / "work",
+            clock=self.clock,
+        )
+
+    def delivery(self) -> DeliveryStage:
+        """Delivering results."""
+        from clarion.events import DeliveryRequested  # noqa: PLC0415  as above
+        from gateway import tables  # noqa: PLC0415  as above
+        from gateway.delivery import DeliveryStage  # noqa: PLC0415  as above
+        from gateway.outbound import DeliveryRequests, Outbound  # noqa: PLC0415  as above
+
+        bus = self.bus()
+        self.database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
+        bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
+        return DeliveryStage(
+            config=self.checked.config.gateway,
+            bus=bus,
+            outbound=Outbound(self.database),
+            store=self.store,
+            clock=self.clock,
+        )
+
+    def console(self) -> Stage:
+        """The web page."""
+        from console.web.stage import ConsoleStage  # noqa: PLC0415  as above
+
+        return ConsoleStage(self.checked, self.database, self.store)
+
+    def stage(self, name: str) -> Stage:
+        """Make a stage by its name."""
+        makers: Mapping[str, Callable[[], Stage]] = {
+            "intake": self.intake,
+            "grouping": self.grouping,
+            "streams": self.streams,
+            "orchestrator": self.orchestrator,
+            "delivery": self.delivery,
+            "console": self.console,
+        }
+        return makers[name]()
+
+
+class IntakeStage:
+    """The receiving process: its work is done by association threads, a step only looks at the disk."""
+
+    def __init__(self, app: App) -> None:
+        from gateway.access import AccessList  # noqa: PLC0415  each process imports only what it runs
+        from gateway.intake import Intake  # noqa: PLC0415  as above
+        from gateway.journal import JournalWriter  # noqa: PLC0415  as above
+        from gateway.scp import Scp  # noqa: PLC0415  as above
+        from gateway.space import Space  # noqa: PLC0415  as above
+
+        config = app.checked.config.gateway
+        self._space = Space(app.data, config.intake)
+        self._journal = JournalWriter(app.data / "journal", app.clock)
+        self.port = config.scp.port
+        intake = Intake(
+            store=app.store,
+            journal=self._journal,
+            space=self._space,
+            ignored_classes={one.ae_title: frozenset(one.ignored_sop_classes) for one in config.ae_titles},
+            wake=app.wakeup.ring,
+        )
+        self.scp: Scp = Scp(config.scp, access=AccessList(config), intake=intake, space=self._space)
+
+    def step(self) -> bool:
+        """Nothing to do here: associations have threads of their own."""
+        return False
+
+    def facts(self) -> dict[str, object]:
+        """Say the port, the associations, and whether there is room."""
+        return {
+            "port": self.port,
+            "associations": self.scp.associations,
+            "refused": self.scp.refused,
+            "space": "ok" if self._space.available() else "low",
+        }
+
+    def drain(self) -> None:
+        """Accept no more, let associations end, close the journal."""
+        self.scp.drain(_DRAIN_S)
+        self._journal.close()
+
+
+def build_app(checked: Checked, name: str) -> App:
+    """Make the parts of a process."""
+    data = make_folder(checked.config.data)
+    return App(checked=checked, wakeup=open_wakeup(data, name), clock=SystemClock())

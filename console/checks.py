@@ -1,0 +1,95 @@
+"""Load the configuration and check what needs plug-ins and files: everything before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clarion.adapters.files import refuse_network_file_system
+from clarion.config import load_config
+from clarion.definitions import read_definition
+from clarion.errors import ConfigError, InvalidPipelineError
+from clarion.loading import check_package_names
+from gateway.access import matches
+from gateway.registry import load_registry
+from orchestrator.pipelines import read_pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clarion.config import Config
+    from clarion.located import Located
+
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A configuration that was found good, with the text of its pipelines."""
+
+    path: Path
+    config: Config
+    definitions: dict[str, bytes]
+
+
+def check_config(path: Path) -> Checked:
+    """Load and check everything. Raises ConfigError with every fault."""
+    check_package_names()
+    config, located = load_config(path)
+    definitions = _check_pipelines(config, located, path.parent)
+    _check_rules(config, located)
+    _check_console(config, located)
+    _check_database(config, located)
+    if located.faults:
+        raise ConfigError([f"{place}: {what}" for place, what in located.faults])
+    refuse_network_file_system(config.data)
+    return Checked(path=path, config=config, definitions=definitions)
+
+
+def _check_pipelines(config: Config, located: Located, beside: Path) -> dict[str, bytes]:
+    definitions: dict[str, bytes] = {}
+    for index, pipeline in enumerate(config.pipelines):
+        keys = ("pipelines", index, "file")
+        try:
+            raw = read_definition(pipeline.file, beside)
+            read_pipeline(pipeline.file, raw)
+            definitions[pipeline.id] = raw
+        except (ConfigError, InvalidPipelineError) as error:
+            for fault in error.faults:
+                located.fault(keys, fault)
+    return definitions
+
+
+def _check_rules(config: Config, located: Located) -> None:
+    def fault(index: int, what: str) -> None:
+        located.fault(("gateway", "ae_titles", index, "settings"), what)
+
+    load_registry(config.gateway, fault)
+    known = {pipeline.id for pipeline in config.pipelines}
+    for index, called in enumerate(config.gateway.ae_titles):
+        for key, value in called.settings.items():
+            if key.lower().startswith("pipeline-") and value not in known:
+                keys = ("gateway", "ae_titles", index, "settings", key)
+                located.fault(keys, f"no pipeline {value!r}; pipelines has: {', '.join(sorted(known)) or 'none'}")
+
+
+def _check_console(config: Config, located: Located) -> None:
+    if not is_loopback(config.console.host) and config.console.token is None:
+        located.fault(("console", "host"), f"{config.console.host} is not loopback; set console.token as well")
+    ports = [config.gateway.scp.port, config.console.port]
+    if ports[0] == ports[1]:
+        located.fault(("console", "port"), f"{ports[1]} is gateway.scp.port as well; choose another")
+
+
+def _check_database(config: Config, located: Located) -> None:
+    url = config.database.url
+    if url is not None and not url.startswith("sqlite:///"):
+        located.fault(("database", "url"), "only sqlite:///FILE is supported by this version; leave it out")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host to listen on can be reached from this machine only."""
+    try:
+        return host == "localhost" or matches(",".join(LOOPBACK), host)
+    except ValueError:
+        return False

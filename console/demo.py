@@ -1,0 +1,286 @@
+"""`clarion demo`: the whole system on this machine, one chest CT through it, its results back in a PACS.
+
+Everything is real and private: processes, ports and a folder of its own, a small PACS, C-STORE in and out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from pydicom import dcmread
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from clarion.adapters.database import Database
+from clarion.adapters.files import FileStore
+from clarion.errors import PermanentError, PeerUnavailableError
+from clarion.model import Destination
+from clarion.testing.pacs import read_contents
+from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
+from console.checks import check_config
+from console.exits import DONE, FAILED, INTERRUPTED
+from console.sending import Sent, send_folder
+from console.studies import StudyView, read_study
+from console.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from clarion.testing.phantom import Phantom
+
+PACS_AE, OWN_AE, CALLED_AE, MODALITY_AE = "DEMOPACS", "CLARION", "CHEST", "DEMOCT"
+WANTED = ("SEG", "RTSTRUCT", "SR")
+FINAL = frozenset(("Verified", "Failed", "Quarantined"))
+_GIVE_UP_S = 600.0
+_LOOK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the person asked for."""
+
+    folder: Path | None
+    once: bool
+    as_json: bool
+    keep: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ports:
+    scp: int
+    console: int
+    pacs: int
+
+
+def _free_ports() -> _Ports:
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        scp, console, pacs = (int(one.getsockname()[1]) for one in taken)
+    return _Ports(scp=scp, console=console, pacs=pacs)
+
+
+def _config(ports: _Ports, root: Path) -> Path:
+    described = {
+        "data": "data",
+        "gateway": {
+            "scp": {"port": ports.scp},
+            "scu": {"ae_title": OWN_AE},
+            "ae_titles": [{"ae_title": CALLED_AE, "rule": "by-tag", "settings": {"pipeline-chest": "chest-ct"}}],
+            "sources": [{"ae_title": MODALITY_AE, "host": "127.0.0.1"}],
+            "destinations": [{"name": "demo-pacs", "ae_title": PACS_AE, "host": "127.0.0.1", "port": ports.pacs}],
+            "intake": {"watermark_percent": 100, "reserve_gb": 1},
+            "delivery": {"retry_delay_s": 3},
+        },
+        "pipelines": [{"id": "chest-ct", "file": "builtin:chest-ct", "destinations": ["demo-pacs"]}],
+        "console": {"port": ports.console},
+    }
+    path = root / "clarion.yaml"
+    path.write_text(yaml.safe_dump(described, sort_keys=False))
+    return path
+
+
+class Demo:
+    """One run of the demo."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._screen = Console(stderr=True, quiet=options.as_json)
+        self._phantom: Phantom | None = None
+        self._begun = time.monotonic()
+        self._shown = 0
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Run it; gives the exit status and the summary."""
+        root = self._options.keep or Path(tempfile.mkdtemp(prefix="clarion-demo-"))
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._run(root)
+        finally:
+            if self._options.keep is None:
+                shutil.rmtree(root, ignore_errors=True)
+
+    def _run(self, root: Path) -> tuple[int, dict[str, Any]]:
+        ports = _free_ports()
+        checked = check_config(_config(ports, root))
+        with ExitStack() as stack:
+            folder = self._options.folder or self._generate(root)
+            pacs = self._start_pacs(root, ports)
+            stack.callback(_end, pacs)
+            self._screen.print("[bold]Starting[/] intake, grouping, streams, orchestrator, delivery, console …")
+            log_file = stack.enter_context((root / "clarion.log").open("ab"))
+            supervisor = Supervisor(checked, log_file)
+            stack.callback(supervisor.stop)
+            supervisor.start()
+            page = f"http://127.0.0.1:{ports.console}/"
+            self._screen.print(f"  page [link={page}]{page}[/], SCP 127.0.0.1:{ports.scp} ({CALLED_AE}), log {root}/clarion.log")
+            gateway = Destination(name="gateway", ae_title=CALLED_AE, host="127.0.0.1", port=ports.scp)
+            sent = self._send(folder, gateway)
+            data = checked.config.data
+            database, store = Database(checked.config.database_url), FileStore(data / "objects")
+            views = self._wait(database, store, supervisor, sorted(sent.studies))
+            summary = self._summary(sent, views, root, page)
+            self._show(summary)
+            if not self._options.once:
+                self._stay(supervisor, page)
+            return (DONE if summary["verified"] else FAILED), summary
+
+    def _generate(self, root: Path) -> Path:
+        spec = PhantomSpec()
+        folder = root / "phantom"
+        folder.mkdir(exist_ok=True)
+        with self._progress() as bar:
+            row = bar.add_task("Generating a chest CT phantom", total=spec.slices)
+            self._phantom = make_phantom(spec, lambda done: bar.update(row, completed=done))
+        write_phantom(self._phantom, folder)
+        return folder
+
+    def _start_pacs(self, root: Path, ports: _Ports) -> subprocess.Popen[bytes]:
+        caller = ["--caller", OWN_AE, "127.0.0.1", str(ports.scp)]
+        command = [sys.executable, "-m", "clarion.testing.pacs", str(root / "pacs"), str(ports.pacs), PACS_AE, *caller]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=dict(os.environ))  # noqa: S603  our own module
+
+    def _send(self, folder: Path, gateway: Destination) -> Sent:
+        with self._progress() as bar:
+            row = bar.add_task(f"C-STORE to {gateway.ae_title}", total=None)
+            sent = send_folder(
+                folder,
+                gateway,
+                own_ae=MODALITY_AE,
+                progress=lambda done, total: bar.update(row, completed=done, total=total),
+            )
+        self._screen.print(f"  {len(sent.acknowledged)} instances acknowledged, {len(sent.refused)} refused")
+        if not sent.acknowledged:
+            raise PermanentError(f"nothing was accepted; first refusal: {sent.refused[:1]}")
+        return sent
+
+    def _wait(
+        self, database: Database, store: FileStore, supervisor: Supervisor, studies: list[str]
+    ) -> list[StudyView]:
+        end = time.monotonic() + _GIVE_UP_S
+        self._screen.print("[bold]What happens[/]")
+        while time.monotonic() < end:
+            supervisor.look()
+            views = [view for uid in studies if (view := read_study(database, store, uid)) is not None]
+            self._tell(views)
+            if len(views) == len(studies) and all(view.state in FINAL for view in views):
+                return views
+            time.sleep(_LOOK_S)
+        raise PeerUnavailableError(f"not finished after {_GIVE_UP_S:.0f} s; see the log")
+
+    def _tell(self, views: list[StudyView]) -> None:
+        lines = sorted((line for view in views for line in view.story), key=lambda line: line.time)
+        for line in lines[self._shown :]:
+            self._screen.print(f"  [cyan]{time.monotonic() - self._begun:5.1f} s[/] [bold]{line.state:<11}[/] {line.text}")
+        self._shown = max(self._shown, len(lines))
+
+    def _summary(self, sent: Sent, views: list[StudyView], root: Path, page: str) -> dict[str, Any]:
+        kept = {one.sop_instance_uid for one in read_contents(root / "pacs")}
+        results = [
+            {
+                "modality": one.modality,
+                "sop_instance_uid": one.sop_instance_uid,
+                "size_bytes": one.object.size_bytes,
+                "state": self._state(view, one.sop_instance_uid, kept),
+            }
+            for view in views
+            for instances in view.results.values()
+            for one in instances
+        ]
+        verified = {one["modality"] for one in results if one["state"] == "Verified"}
+        return {
+            "acknowledged": len(sent.acknowledged),
+            "refused": len(sent.refused),
+            "studies": [{"study_uid": view.counts.study_uid, "state": view.state} for view in views],
+            "results": results,
+            "verified": verified.issuperset(WANTED),
+            "dice": self._dice(root / "pacs", [str(one["sop_instance_uid"]) for one in results if one["modality"] == "SEG"]),
+            "seconds": round(time.monotonic() - self._begun, 1),
+            "page": page,
+        }
+
+    def _state(self, view: StudyView, uid: str, kept: set[str]) -> str:
+        if uid not in kept:
+            return "Missing"
+        return view.state
+
+    def _dice(self, pacs: Path, seg_uids: list[str]) -> dict[str, float]:
+        """Compare the lungs of the SEG that lies in the PACS with the phantom's truth."""
+        if self._phantom is None or not seg_uids:
+            return {}
+        files = [path for path in pacs.glob("*.dcm") if str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) in seg_uids]
+        found = _read_masks(files[0], self._phantom)
+        truth = {"Left lung": self._phantom.left_lung, "Right lung": self._phantom.right_lung}
+        return {name: round(dice(found[name], mask), 4) for name, mask in truth.items() if name in found}
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        table = Table(title="Back in the PACS", title_justify="left")
+        for column in ("object", "size", "state"):
+            table.add_column(column, justify="right" if column == "size" else "left")
+        for one in summary["results"]:
+            table.add_row(one["modality"], f"{one['size_bytes'] / 1e6:.2f} MB", one["state"])
+        self._screen.print(table)
+        for name, value in summary["dice"].items():
+            self._screen.print(f"  {name}: Dice {value:.4f} against the phantom's truth")
+        self._screen.print(f"  finished after {summary['seconds']} s")
+
+    def _stay(self, supervisor: Supervisor, page: str) -> None:
+        self._screen.print(f"[bold green]The page stays up:[/] {page}  (Ctrl-C ends the demo)")
+        supervisor.watch()
+
+    def _progress(self) -> Progress:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(*columns, console=self._screen, disable=self._options.as_json or not self._screen.is_terminal)
+
+
+def _read_masks(path: Path, phantom: Phantom) -> dict[str, NDArray[np.bool_]]:
+    """Read a BINARY SEG by position, independently of the writer: booleans `[slice, row, column]` per segment label."""
+    seg = dcmread(path)
+    labels = {int(one.SegmentNumber): str(one.SegmentLabel) for one in seg.SegmentSequence}
+    found = {label: np.zeros(phantom.hu.shape, dtype=bool) for label in labels.values()}
+    spec = phantom.spec
+    frames = np.unpackbits(np.frombuffer(seg.PixelData, np.uint8), bitorder="little")
+    frames = frames[: seg.NumberOfFrames * seg.Rows * seg.Columns].reshape(-1, seg.Rows, seg.Columns)
+    for frame, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        height = float(item.PlanePositionSequence[0].ImagePositionPatient[2])
+        index = round((height + spec.length_mm / 2) / spec.step_mm - 0.5)
+        number = int(item.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        found[labels[number]][index] = frame
+    return found
+
+
+def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Twice the common voxels over the sum of both."""
+    return float(2 * np.count_nonzero(one & other) / max(1, np.count_nonzero(one) + np.count_nonzero(other)))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def run_demo(options: Options) -> tuple[int, dict[str, Any]]:
+    """Run the demo; a SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return Demo(options).run()
+    except KeyboardInterrupt:
+        return INTERRUPTED, {"interrupted": True}

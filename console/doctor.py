@@ -1,0 +1,127 @@
+"""`clarion doctor`: what could keep this installation from working, each with what to do about it."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clarion.adapters.files import free_bytes
+from clarion.errors import ClarionError
+from clarion.loading import check_package_names
+from clarion.model import Destination
+from clarion.service import read_heartbeats
+from console.checks import check_config
+from gateway.scu import Requestor, Timeouts
+from gateway.space import Space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from clarion.config import Config
+
+_CONNECT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing looked at; `remedy` says what to do when it is not good."""
+
+    name: str
+    good: bool
+    found: str
+    remedy: str = ""
+
+
+def diagnose(config_file: Path) -> list[Check]:
+    """Look at everything; never raises for what it finds."""
+    checks = [_python(), _sqlite(), _names()]
+    try:
+        checked = check_config(config_file)
+    except ClarionError as error:
+        return [*checks, Check(name="configuration", good=False, found=str(error), remedy="mend the lines named")]
+    config = checked.config
+    checks.append(Check(name="configuration", good=True, found=str(config_file)))
+    running = {beat.stage for beat in read_heartbeats(config.data / "run") if beat.alive}
+    checks.append(_space(config))
+    checks += _ports(config, running)
+    checks += _peers(config)
+    return checks
+
+
+def _python() -> Check:
+    version = ".".join(str(one) for one in sys.version_info[:3])
+    return Check(name="python", good=sys.version_info >= (3, 11), found=version, remedy="use Python 3.11 or newer")
+
+
+def _sqlite() -> Check:
+    good = sqlite3.sqlite_version_info >= (3, 35)
+    return Check(name="sqlite", good=good, found=sqlite3.sqlite_version, remedy="use a Python with SQLite 3.35 or newer")
+
+
+def _names() -> Check:
+    try:
+        check_package_names()
+    except ClarionError as error:
+        return Check(name="packages", good=False, found=str(error), remedy="give Clarion an environment of its own")
+    return Check(name="packages", good=True, found="our package names are ours alone")
+
+
+def _space(config: Config) -> Check:
+    folder = config.data if config.data.exists() else config.data.parent
+    free, total = free_bytes(folder)
+    return Check(
+        name="disk",
+        good=Space(folder, config.gateway.intake).available(),
+        found=f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free under {folder}",
+        remedy="free space, or lower gateway.intake.reserve_gb; senders are told to try later meanwhile",
+    )
+
+
+def _ports(config: Config, running: set[str]) -> Iterator[Check]:
+    for name, stage, host, port in (
+        ("gateway.scp.port", "intake", config.gateway.scp.host, config.gateway.scp.port),
+        ("console.port", "console", config.console.host, config.console.port),
+    ):
+        if stage in running:
+            yield Check(name=name, good=True, found=f"{port}, in use by Clarion")
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                yield Check(
+                    name=name, good=False, found=f"{port}: {error.strerror}", remedy="stop what uses it, or choose another"
+                )
+            else:
+                yield Check(name=name, good=True, found=f"{port} is free")
+
+
+def _peers(config: Config) -> Iterator[Check]:
+    for one in config.gateway.destinations:
+        peer = Destination(name=one.name, ae_title=one.ae_title, host=one.host, port=one.port)
+        try:
+            with Requestor(
+                peer, own_ae=config.gateway.scu.ae_title, timeouts=Timeouts(connect_s=_CONNECT_S, dimse_s=_CONNECT_S)
+            ) as requestor:
+                offers = [
+                    name
+                    for name, there in (("storage commitment", requestor.commits), ("query", requestor.finds))
+                    if there
+                ]
+                status = requestor.echo()
+        except ClarionError as error:
+            yield Check(
+                name=f"destination {one.name}",
+                good=False,
+                found=str(error),
+                remedy=f"check host, port and AE titles, and that the peer knows {config.gateway.scu.ae_title}",
+            )
+            continue
+        proof = ", ".join(offers) or "no way to verify; deliveries stay Sent"
+        yield Check(name=f"destination {one.name}", good=status == 0, found=f"C-ECHO 0x{status:04X}; offers {proof}")
+

@@ -1,0 +1,296 @@
+"""The command `clarion`. Imports are inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from console.app import App
+
+cli = typer.Typer(
+    name="clarion",
+    help="Event-driven DICOM gateway and AI platform: studies in by C-STORE, SEG, RTSTRUCT and SR back in the PACS.\n\n"
+    "Exit statuses: 0 done, 1 permanent failure, 2 usage or configuration, 3 transient, worth repeating, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+study_cli = typer.Typer(help="Look at studies.", no_args_is_help=True)
+config_cli = typer.Typer(help="Check a configuration, or print an example.", no_args_is_help=True)
+cli.add_typer(study_cli, name="study")
+cli.add_typer(config_cli, name="config")
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.", envvar=None)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DEFAULT_CONFIG = Path("clarion.yaml")
+
+
+def _run(command: Callable[[], int]) -> None:
+    """Run a command's body; errors of ours become a line on standard error and an exit status."""
+    from clarion.errors import ClarionError  # noqa: PLC0415  quick --help
+    from console.exits import INTERRUPTED, status_of  # noqa: PLC0415  quick --help
+
+    try:
+        status = command()
+    except ClarionError as error:
+        typer.echo(f"clarion: {error}", err=True)
+        status = status_of(error)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    raise typer.Exit(status)
+
+
+def _print_json(value: Any) -> None:  # noqa: ANN401  anything JSON can hold
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _reader(config: Path) -> App:
+    """Make what a reading command needs. Raises ConfigError when there is no data folder yet."""
+    from clarion.adapters.clock import SystemClock  # noqa: PLC0415  quick --help
+    from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+    from clarion.service import open_wakeup  # noqa: PLC0415  quick --help
+    from console.app import App  # noqa: PLC0415  quick --help
+    from console.checks import check_config  # noqa: PLC0415  quick --help
+
+    checked = check_config(config)
+    if not (checked.config.data / "run").is_dir():
+        raise ConfigError([f"data: nothing has run on {checked.config.data} yet; start it with `clarion up -c {config}`"])
+    return App(checked=checked, wakeup=open_wakeup(checked.config.data, "reader"), clock=SystemClock())
+
+
+@cli.command()
+def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Run every stage on this machine until SIGTERM or Ctrl-C; both drain in order."""
+
+    def body() -> int:
+        from console.checks import check_config  # noqa: PLC0415  quick --help
+        from console.logs import configure  # noqa: PLC0415  quick --help
+        from console.supervisor import Supervisor  # noqa: PLC0415  quick --help
+
+        checked = check_config(config)
+        configure(checked.config.log, "supervisor")
+        supervisor = Supervisor(checked)
+        supervisor.start()
+        scp, page = checked.config.gateway.scp, checked.config.console
+        typer.echo(f"clarion: ready; SCP {scp.host}:{scp.port}, page http://{page.host}:{page.port}/", err=True)
+        supervisor.watch()
+        supervisor.stop()
+        return 0
+
+    _run(body)
+
+
+@cli.command()
+def serve(
+    stage: Annotated[str, typer.Argument(help="intake, grouping, streams, orchestrator, delivery or console.")],
+    config: ConfigFile = DEFAULT_CONFIG,
+) -> None:
+    """Run one stage, for deployments that start each on its own."""
+
+    def body() -> int:
+        from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+        from console.app import STAGES  # noqa: PLC0415  quick --help
+        from console.serve import serve as run  # noqa: PLC0415  quick --help
+
+        if stage not in STAGES:
+            raise ConfigError([f"no stage {stage!r}; there are: {', '.join(STAGES)}"])
+        run(stage, config)
+        return 0
+
+    _run(body)
+
+
+@cli.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option("--input", help="A folder with a real CT series instead of the phantom.", exists=True)
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="End by itself; status 0 only if SEG, RTSTRUCT and SR are Verified.")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", help="Keep data, log and PACS in this folder, which must be empty.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send a chest CT through the whole system on this machine and show what comes back."""
+
+    def body() -> int:
+        from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+        from console.demo import Options, run_demo  # noqa: PLC0415  quick --help
+
+        if keep is not None and keep.exists() and any(keep.iterdir()):
+            raise ConfigError([f"--keep {keep}: is not empty; name a new folder"])
+        status, summary = run_demo(
+            Options(folder=folder, once=once or as_json, as_json=as_json, keep=keep.resolve() if keep else None)
+        )
+        if as_json:
+            _print_json(summary)
+        return status
+
+    _run(body)
+
+
+@cli.command()
+def status(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """Show the stages, how far each is behind, jobs and dead letters; status 3 when a stage is down."""
+
+    def body() -> int:
+        from console.state import read_state, show_state  # noqa: PLC0415  quick --help
+
+        app = _reader(config)
+        state = read_state(app)
+        if as_json:
+            _print_json(state)
+        else:
+            show_state(state)
+        return 0 if state["ok"] else 3
+
+    _run(body)
+
+
+@cli.command()
+def doctor(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """Look for what could keep this installation from working; status 1 when something is found."""
+
+    def body() -> int:
+        from dataclasses import asdict  # noqa: PLC0415  quick --help
+
+        from console.doctor import diagnose  # noqa: PLC0415  quick --help
+
+        checks = diagnose(config)
+        if as_json:
+            _print_json([asdict(one) for one in checks])
+        else:
+            for one in checks:
+                typer.echo(f"{'ok  ' if one.good else 'FAIL'} {one.name}: {one.found}")
+                if not one.good and one.remedy:
+                    typer.echo(f"     → {one.remedy}")
+        return 0 if all(one.good for one in checks) else 1
+
+    _run(body)
+
+
+@study_cli.command("list")
+def study_list(
+    config: ConfigFile = DEFAULT_CONFIG,
+    limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10000)] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List studies with their states, the latest first."""
+
+    def body() -> int:
+        from dataclasses import asdict  # noqa: PLC0415  quick --help
+
+        from console.studies import read_studies  # noqa: PLC0415  quick --help
+
+        rows = read_studies(_reader(config).database, limit)
+        if as_json:
+            _print_json([{"state": one.state, "last": one.last, **asdict(one.counts)} for one in rows])
+            return 0
+        for one in rows:
+            counts = one.counts
+            typer.echo(
+                f"{one.state:<12} {counts.last_received[:19]}  {counts.modality or '-':<4} "
+                f"{counts.received:>6} instances  {counts.calling_ae} → {counts.called_ae}  {counts.study_uid}"
+            )
+        if not rows:
+            typer.echo("no studies yet", err=True)
+        return 0
+
+    _run(body)
+
+
+@study_cli.command("show")
+def study_show(
+    study_uid: Annotated[str, typer.Argument(metavar="UID", help="The Study Instance UID.")],
+    config: ConfigFile = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Show one study: its story, its jobs, its deliveries."""
+
+    def body() -> int:
+        from dataclasses import asdict  # noqa: PLC0415  quick --help
+
+        from clarion.errors import PermanentError  # noqa: PLC0415  quick --help
+        from console.state import show_study  # noqa: PLC0415  quick --help
+        from console.studies import read_study  # noqa: PLC0415  quick --help
+
+        app = _reader(config)
+        view = read_study(app.database, app.store, study_uid)
+        if view is None:
+            raise PermanentError(f"no study {study_uid}; `clarion study list` shows those there are")
+        if as_json:
+            _print_json(asdict(view))
+        else:
+            show_study(view)
+        return 0
+
+    _run(body)
+
+
+@config_cli.command("check")
+def config_check(
+    config: Annotated[Path, typer.Argument(help="The configuration file.")] = DEFAULT_CONFIG, as_json: AsJson = False
+) -> None:
+    """Check a configuration as a whole; every fault with file, line, key and remedy."""
+
+    def body() -> int:
+        from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+        from console.checks import check_config  # noqa: PLC0415  quick --help
+
+        try:
+            check_config(config)
+        except ConfigError as error:
+            if as_json:
+                _print_json({"ok": False, "faults": error.faults})
+                return 2
+            raise
+        if as_json:
+            _print_json({"ok": True, "faults": []})
+        else:
+            typer.echo(f"{config}: good")
+        return 0
+
+    _run(body)
+
+
+@config_cli.command("example")
+def config_example(as_json: AsJson = False) -> None:
+    """Print a complete, commented configuration."""
+    from console.example import EXAMPLE  # noqa: PLC0415  quick --help
+
+    if as_json:
+        import yaml  # noqa: PLC0415  quick --help
+
+        _print_json(yaml.safe_load(EXAMPLE))
+    else:
+        typer.echo(EXAMPLE, nl=False)
+
+
+@cli.command()
+def version(as_json: AsJson = False) -> None:
+    """Print the version."""
+    import importlib.metadata  # noqa: PLC0415  quick --help
+
+    found = importlib.metadata.version("clarion-gateway")
+    if as_json:
+        _print_json({"version": found, "python": sys.version.split()[0]})
+    else:
+        typer.echo(f"clarion {found}")
+
+
+def main() -> None:
+    """Run the command line."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

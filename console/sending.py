@@ -1,0 +1,72 @@
+"""Send a folder of DICOM files by C-STORE and keep the sender's own list of what was acknowledged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from clarion.dicom import read_header, split_part10
+from clarion.errors import InvalidInstanceError, UnreadableSeriesError
+from gateway.scu import Requestor, Timeouts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from clarion.model import Destination
+
+_TIMEOUTS = Timeouts(connect_s=10, dimse_s=60)
+_SUCCESS = 0
+
+
+@dataclass(slots=True)
+class Sent:
+    """The sender's ledger."""
+
+    acknowledged: list[str] = field(default_factory=list)
+    refused: list[tuple[str, int]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    studies: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    sop_class: str
+    sop_instance: str
+    syntax: str
+
+
+def send_folder(
+    folder: Path, peer: Destination, *, own_ae: str, progress: Callable[[int, int], None] = lambda _done, _all: None
+) -> Sent:
+    """Send every DICOM file below a folder on one association; what is not DICOM is named as skipped."""
+    sent = Sent()
+    files = [one for path in sorted(folder.rglob("*")) if path.is_file() and (one := _look(path, sent)) is not None]
+    if not files:
+        raise UnreadableSeriesError("no-dicom", f"{folder} holds no DICOM file that could be sent")
+    classes = {(one.sop_class, one.syntax) for one in files}
+    with Requestor(peer, own_ae=own_ae, classes=classes, timeouts=_TIMEOUTS) as requestor:
+        for number, one in enumerate(files, 1):
+            data, _ = split_part10(one.path.read_bytes())
+            status = requestor.store(data, sop_class=one.sop_class, sop_instance=one.sop_instance, syntax=one.syntax)
+            if status == _SUCCESS:
+                sent.acknowledged.append(one.sop_instance)
+            else:
+                sent.refused.append((one.sop_instance, status))
+            progress(number, len(files))
+    return sent
+
+
+def _look(path: Path, sent: Sent) -> _File | None:
+    try:
+        data, syntax = split_part10(path.read_bytes())
+    except InvalidInstanceError:
+        sent.skipped.append(path.name)
+        return None
+    header = read_header(data, syntax)
+    if not header.sop_class_uid or not header.sop_instance_uid:
+        sent.skipped.append(path.name)
+        return None
+    sent.studies.add(header.study_uid)
+    return _File(path, header.sop_class_uid, header.sop_instance_uid, syntax)

@@ -1,0 +1,68 @@
+"""One study as people look at it: counts, story, jobs, deliveries, results, put together from the stages' queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clarion.model import ResultInstance, ResultSet
+from gateway.queries import DeliveryRow, StudyCounts, list_deliveries, list_studies
+from orchestrator.queries import JobRow, list_jobs
+from streams.queries import Line, read_story, state_of
+
+if TYPE_CHECKING:
+    from clarion.adapters.database import Database
+    from clarion.ports import ObjectStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRow:
+    """A study in the list."""
+
+    counts: StudyCounts
+    state: str
+    last: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyView:
+    """A study with all that is known of it."""
+
+    counts: StudyCounts
+    state: str
+    story: list[Line]
+    jobs: list[JobRow]
+    deliveries: list[DeliveryRow]
+    results: dict[str, tuple[ResultInstance, ...]]
+
+
+def read_studies(database: Database, limit: int = 200) -> list[StudyRow]:
+    """List the studies, the latest first."""
+    rows = []
+    for counts in list_studies(database, limit):
+        story = read_story(database, counts.study_uid)
+        rows.append(StudyRow(counts=counts, state=state_of(story), last=story[-1].text if story else "Receiving"))
+    return rows
+
+
+def read_study(database: Database, store: ObjectStore, study_uid: str) -> StudyView | None:
+    """Read one study; None when it is unknown."""
+    found = list_studies(database, 1, study_uid)
+    if not found:
+        return None
+    story = read_story(database, study_uid)
+    job_ids = list(dict.fromkeys(line.subject for line in story if line.kind.startswith("job.requested")))
+    jobs = list_jobs(database, job_ids)
+    results = {}
+    for job in jobs:
+        if job.result_set is not None:
+            with store.open(job.result_set) as file:
+                results[job.job_id] = ResultSet.decode(file.read()).instances
+    return StudyView(
+        counts=found[0],
+        state=state_of(story),
+        story=story,
+        jobs=jobs,
+        deliveries=list_deliveries(database, job_ids),
+        results=results,
+    )

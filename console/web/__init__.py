@@ -1,0 +1,1 @@
+"""The web page: server-rendered, a little htmx, no build step."""
