@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -28,9 +27,14 @@ class Record:
     body: bytes
 
 
-@cache
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {}
+
+
 def _adapter(kind: type[Event]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    """Make a type's adapter when it is first needed; making all of them at once would slow every start."""
+    if kind.kind not in _ADAPTERS:
+        _ADAPTERS[kind.kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind.kind]
 
 
 def encode(event: Event) -> Record:

@@ -59,7 +59,7 @@ _passed = 0
 
 def arm(point: str | None) -> None:
     """Choose the point at which this process ends, or none; `before:NAME` or `after:NAME`, optionally `#COUNT`."""
-    global _armed, _passed  # noqa: PLW0603  a process has one crash point, set by the test that forked it
+    global _armed, _passed
     _armed, _passed = point, 0
 
 

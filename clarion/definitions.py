@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import resources
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clarion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BUILTIN = "builtin:"
 MAX_DEFINITION_BYTES = 2**20

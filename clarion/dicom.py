@@ -120,7 +120,7 @@ def _decode(raw: bytes, vr: str, encodings: list[str], *, big_endian: bool) -> s
         return raw.decode("latin-1").strip(" \0")
     if vr in _ENCODED_TEXT:
         return pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
-    code = _NUMBERS.get(vr.split(" ")[0])
+    code = _NUMBERS.get(vr.split(" ", maxsplit=1)[0])
     if code is None:
         return None
     size = struct.calcsize(code)
@@ -227,7 +227,7 @@ def read_headers(folder: Path) -> list[tuple[Path, Dataset]]:
 
     Raises UnreadableSeriesError naming the file that is not DICOM.
     """
-    found = []
+    found: list[tuple[Path, Dataset]] = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003  pydantic reads the annotations at run time
 from typing import ClassVar
 
-from clarion.model import ObjectRef, Trigger, derive  # noqa: TC001  as above
+from clarion.model import ObjectRef, Trigger, derive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

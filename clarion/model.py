@@ -11,7 +11,7 @@ import json
 import re
 import uuid
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime  # noqa: TC003  pydantic reads the annotations of values within events
 from typing import TYPE_CHECKING, NewType, Self
 
 if TYPE_CHECKING:
@@ -28,12 +28,13 @@ NAMESPACE = uuid.UUID("6a0c3f0e-3c0b-5f5c-9d8b-6e2f6a9d41c7")
 UNKNOWN_STUDY = StudyUid("unknown")
 """Subject of events about a data set whose Study Instance UID could not be read."""
 
+_MAX_UID = 64
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 
 def is_uid(text: str) -> bool:
     """Tell whether the text is made like a UID (PS3.5 9.1), leading zeros tolerated as real senders write them."""
-    return len(text) <= 64 and _UID.fullmatch(text) is not None
+    return len(text) <= _MAX_UID and _UID.fullmatch(text) is not None
 
 
 def derive(*parts: object) -> str:
@@ -240,7 +241,7 @@ class OperatorWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkState:
-    """What an executor knows of an operator's work; `exit_status` is None while it runs, `reason` says why it failed."""
+    """What an executor knows of some work; `exit_status` is None while it runs, `reason` says why it failed."""
 
     exit_status: int | None
     reason: str = ""
@@ -251,7 +252,9 @@ def derive_group_id(called_ae: str, rule: str, key: str, epoch: int) -> GroupId:
     return GroupId(derive("group", called_ae, rule, key, epoch))
 
 
-def derive_job_id(pipeline_id: str, definition_digest: str, group_id: str, revision: int, attempt_class: int = 0) -> JobId:
+def derive_job_id(
+    pipeline_id: str, definition_digest: str, group_id: str, revision: int, attempt_class: int = 0
+) -> JobId:
     """Derive a job's identifier: same pipeline version, group revision and attempt class, same job."""
     return JobId(derive("job", pipeline_id, definition_digest, group_id, revision, attempt_class))
 

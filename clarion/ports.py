@@ -35,7 +35,7 @@ class ObjectStore(Protocol):
     """Keeps bytes under references of its own making."""
 
     def put(self, data: bytes) -> ObjectRef:
-        """Keep the data, durable on return; the same data again gives the same reference. Raises StoreUnavailableError."""
+        """Keep the data, durable on return; the same data, the same reference. Raises StoreUnavailableError."""
 
     def open(self, ref: ObjectRef) -> BinaryIO:
         """Open what the reference names for reading. Raises StoreUnavailableError when it is not there."""

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from orchestrator.engine import Engine
     from streams.stage import StreamsStage
 
-STAGES = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
 _DRAIN_S = 15.0
 
 
@@ -145,7 +144,7 @@ class App:
 
     def console(self) -> Stage:
         """The web page."""
-        from console.web.stage import ConsoleStage  # noqa: PLC0415  as above
+        from console.pages.stage import ConsoleStage  # noqa: PLC0415  as above
 
         return ConsoleStage(self.checked, self.database, self.store)
 

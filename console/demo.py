@@ -27,7 +27,7 @@ from rich.table import Table
 
 from clarion.adapters.database import Database
 from clarion.adapters.files import FileStore
-from clarion.errors import PermanentError, PeerUnavailableError
+from clarion.errors import PeerUnavailableError, PermanentError
 from clarion.model import Destination
 from clarion.testing.pacs import read_contents
 from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
@@ -128,7 +128,9 @@ class Demo:
             stack.callback(supervisor.stop)
             supervisor.start()
             page = f"http://127.0.0.1:{ports.console}/"
-            self._screen.print(f"  page [link={page}]{page}[/], SCP 127.0.0.1:{ports.scp} ({CALLED_AE}), log {root}/clarion.log")
+            self._screen.print(
+                f"  page [link={page}]{page}[/], SCP 127.0.0.1:{ports.scp} ({CALLED_AE}), log {root}/clarion.log"
+            )
             gateway = Destination(name="gateway", ae_title=CALLED_AE, host="127.0.0.1", port=ports.scp)
             sent = self._send(folder, gateway)
             data = checked.config.data
@@ -186,7 +188,9 @@ class Demo:
     def _tell(self, views: list[StudyView]) -> None:
         lines = sorted((line for view in views for line in view.story), key=lambda line: line.time)
         for line in lines[self._shown :]:
-            self._screen.print(f"  [cyan]{time.monotonic() - self._begun:5.1f} s[/] [bold]{line.state:<11}[/] {line.text}")
+            self._screen.print(
+                f"  [cyan]{time.monotonic() - self._begun:5.1f} s[/] [bold]{line.state:<11}[/] {line.text}"
+            )
         self._shown = max(self._shown, len(lines))
 
     def _summary(self, sent: Sent, views: list[StudyView], root: Path, page: str) -> dict[str, Any]:
@@ -209,7 +213,9 @@ class Demo:
             "studies": [{"study_uid": view.counts.study_uid, "state": view.state} for view in views],
             "results": results,
             "verified": verified.issuperset(WANTED),
-            "dice": self._dice(root / "pacs", [str(one["sop_instance_uid"]) for one in results if one["modality"] == "SEG"]),
+            "dice": self._dice(
+                root / "pacs", [str(one["sop_instance_uid"]) for one in results if one["modality"] == "SEG"]
+            ),
             "seconds": round(time.monotonic() - self._begun, 1),
             "page": page,
         }
@@ -223,7 +229,11 @@ class Demo:
         """Compare the lungs of the SEG that lies in the PACS with the phantom's truth."""
         if self._phantom is None or not seg_uids:
             return {}
-        files = [path for path in pacs.glob("*.dcm") if str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) in seg_uids]
+        files = [
+            path
+            for path in pacs.glob("*.dcm")
+            if str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) in seg_uids
+        ]
         found = _read_masks(files[0], self._phantom)
         truth = {"Left lung": self._phantom.left_lung, "Right lung": self._phantom.right_lung}
         return {name: round(dice(found[name], mask), 4) for name, mask in truth.items() if name in found}
@@ -244,7 +254,13 @@ class Demo:
         supervisor.watch()
 
     def _progress(self) -> Progress:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         return Progress(*columns, console=self._screen, disable=self._options.as_json or not self._screen.is_terminal)
 
 
@@ -254,8 +270,8 @@ def _read_masks(path: Path, phantom: Phantom) -> dict[str, NDArray[np.bool_]]:
     labels = {int(one.SegmentNumber): str(one.SegmentLabel) for one in seg.SegmentSequence}
     found = {label: np.zeros(phantom.hu.shape, dtype=bool) for label in labels.values()}
     spec = phantom.spec
-    frames = np.unpackbits(np.frombuffer(seg.PixelData, np.uint8), bitorder="little")
-    frames = frames[: seg.NumberOfFrames * seg.Rows * seg.Columns].reshape(-1, seg.Rows, seg.Columns)
+    bits = np.unpackbits(np.frombuffer(seg.PixelData, np.uint8), bitorder="little")
+    frames = bits[: seg.NumberOfFrames * seg.Rows * seg.Columns].reshape(-1, seg.Rows, seg.Columns)
     for frame, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
         height = float(item.PlanePositionSequence[0].ImagePositionPatient[2])
         index = round((height + spec.length_mm / 2) / spec.step_mm - 0.5)
@@ -266,7 +282,8 @@ def _read_masks(path: Path, phantom: Phantom) -> dict[str, NDArray[np.bool_]]:
 
 def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     """Twice the common voxels over the sum of both."""
-    return float(2 * np.count_nonzero(one & other) / max(1, np.count_nonzero(one) + np.count_nonzero(other)))
+    common, both = int(np.count_nonzero(one & other)), int(np.count_nonzero(one)) + int(np.count_nonzero(other))
+    return 2 * common / max(1, both)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

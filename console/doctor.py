@@ -59,7 +59,9 @@ def _python() -> Check:
 
 def _sqlite() -> Check:
     good = sqlite3.sqlite_version_info >= (3, 35)
-    return Check(name="sqlite", good=good, found=sqlite3.sqlite_version, remedy="use a Python with SQLite 3.35 or newer")
+    return Check(
+        name="sqlite", good=good, found=sqlite3.sqlite_version, remedy="use a Python with SQLite 3.35 or newer"
+    )
 
 
 def _names() -> Check:
@@ -95,7 +97,10 @@ def _ports(config: Config, running: set[str]) -> Iterator[Check]:
                 probe.bind((host, port))
             except OSError as error:
                 yield Check(
-                    name=name, good=False, found=f"{port}: {error.strerror}", remedy="stop what uses it, or choose another"
+                    name=name,
+                    good=False,
+                    found=f"{port}: {error.strerror}",
+                    remedy="stop what uses it, or choose another",
                 )
             else:
                 yield Check(name=name, good=True, found=f"{port} is free")
@@ -124,4 +129,3 @@ def _peers(config: Config) -> Iterator[Check]:
             continue
         proof = ", ".join(offers) or "no way to verify; deliveries stay Sent"
         yield Check(name=f"destination {one.name}", good=status == 0, found=f"C-ECHO 0x{status:04X}; offers {proof}")
-

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 cli = typer.Typer(
     name="clarion",
     help="Event-driven DICOM gateway and AI platform: studies in by C-STORE, SEG, RTSTRUCT and SR back in the PACS.\n\n"
-    "Exit statuses: 0 done, 1 permanent failure, 2 usage or configuration, 3 transient, worth repeating, 130 interrupted.",
+    "Exit statuses: 0 done, 1 permanent failure, 2 usage or configuration, 3 worth repeating, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -61,7 +61,9 @@ def _reader(config: Path) -> App:
 
     checked = check_config(config)
     if not (checked.config.data / "run").is_dir():
-        raise ConfigError([f"data: nothing has run on {checked.config.data} yet; start it with `clarion up -c {config}`"])
+        raise ConfigError(
+            [f"data: nothing has run on {checked.config.data} yet; start it with `clarion up -c {config}`"]
+        )
     return App(checked=checked, wakeup=open_wakeup(checked.config.data, "reader"), clock=SystemClock())
 
 
@@ -96,8 +98,8 @@ def serve(
 
     def body() -> int:
         from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
-        from console.app import STAGES  # noqa: PLC0415  quick --help
         from console.serve import serve as run  # noqa: PLC0415  quick --help
+        from console.stages import STAGES  # noqa: PLC0415  quick --help
 
         if stage not in STAGES:
             raise ConfigError([f"no stage {stage!r}; there are: {', '.join(STAGES)}"])

@@ -11,7 +11,7 @@ from rich.table import Table
 from clarion.adapters.embedded import read_dead_letters, read_lag
 from clarion.errors import BusUnavailableError
 from clarion.service import read_heartbeats
-from console.app import STAGES
+from console.stages import STAGES
 from gateway.queries import count_open_groups, list_quarantine
 from orchestrator.queries import count_jobs
 
@@ -54,7 +54,9 @@ def show_state(state: dict[str, Any]) -> None:
         table.add_column(column)
     for one in state["stages"]:
         facts = ", ".join(f"{key} {value}" for key, value in one.get("facts", {}).items())
-        table.add_row(one["stage"], "[green]running[/]" if one["alive"] else "[red]down[/]", str(one["pid"] or "-"), facts)
+        table.add_row(
+            one["stage"], "[green]running[/]" if one["alive"] else "[red]down[/]", str(one["pid"] or "-"), facts
+        )
     screen.print(table)
     behind = ", ".join(f"{one['consumer']} {one['behind']}" for one in state.get("consumers", [])) or "-"
     jobs = ", ".join(f"{count} {name}" for name, count in state.get("jobs", {}).items()) or "none"
@@ -72,7 +74,8 @@ def show_study(view: StudyView) -> None:
     screen.print(f"[bold]{view.state}[/]  {counts.study_uid}")
     screen.print(
         f"received {counts.received} = grouped {counts.grouped} + ignored {counts.ignored} + quarantined "
-        f"{counts.quarantined}; conflicted {counts.conflicted}; {counts.series} series; {counts.calling_ae} → {counts.called_ae}"
+        f"{counts.quarantined}; conflicted {counts.conflicted}; {counts.series} series; "
+        f"{counts.calling_ae} → {counts.called_ae}"
     )
     for line in view.story:
         screen.print(f"  {line.time[11:23]}  [bold]{line.state:<11}[/] {line.text}", highlight=False)

@@ -19,8 +19,9 @@ import structlog
 
 from clarion.errors import ResourceBusyError
 from clarion.service import read_heartbeats
-from console.app import STAGES, lock
+from console.app import lock
 from console.serve import SUPERVISED_BY
+from console.stages import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -49,9 +49,7 @@ class DeliveryStage:
         self._outbound = outbound
         self._store = store
         self._clock = clock
-        self._timeouts = Timeouts(
-            connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s
-        )
+        self._timeouts = Timeouts(connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s)
         self._destinations = {
             one.name.lower(): Destination(name=one.name, ae_title=one.ae_title, host=one.host, port=one.port)
             for one in config.destinations
@@ -162,7 +160,7 @@ class DeliveryStage:
         reason = f"{trouble}; {reason}" if trouble else reason
         again = None if outcome is Outcome.NEVER else self._again(delivery)
         log.warning("delivery.failed", delivery=delivery.delivery_id, reason=reason, final=again is None)
-        self._outbound.settle_failed(delivery, now=now, reason=reason, again=again and now + again)
+        self._outbound.settle_failed(delivery, now=now, reason=reason, again=now + again if again is not None else None)
 
     def _again(self, delivery: Delivery) -> timedelta | None:
         settings = self._config.delivery
@@ -245,7 +243,7 @@ class DeliveryStage:
             log.info("delivery.verified", delivery=delivery.delivery_id, how=how)
             return
         again = self._again(delivery)
-        self._outbound.lost(delivery, missing=missing, now=now, again=again and now + again)
+        self._outbound.lost(delivery, missing=missing, now=now, again=now + again if again is not None else None)
 
 
 def _done(item: Item) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 import structlog
@@ -46,7 +46,13 @@ class Grouping:
     """Takes records from the journal and closes groups; one step at a time."""
 
     def __init__(
-        self, *, journal_folder: Path, database: Database, store: ObjectStore, clock: Clock, registry: dict[str, CalledEntity]
+        self,
+        *,
+        journal_folder: Path,
+        database: Database,
+        store: ObjectStore,
+        clock: Clock,
+        registry: dict[str, CalledEntity],
     ) -> None:
         self._folder = journal_folder
         self._database = database
@@ -181,11 +187,16 @@ class Grouping:
         stored = {**values, "received": instance.received.isoformat(), "object": asdict(instance.object)}
         connection.execute(tables.instances.insert().values(**stored, state=state, reason=reason, conflicted=False))
         sequence = self._next_of_study(connection, instance.study_uid, instance.received)
-        common = {"subject": instance.study_uid, "sequence": sequence, "time": instance.received, "source": SOURCE}
+        common: dict[str, Any] = {
+            "subject": instance.study_uid,
+            "sequence": sequence,
+            "time": instance.received,
+            "source": SOURCE,
+        }
         event: Event
         if state == "ignored":
             event = events.InstanceIgnored(
-                **common,  # type: ignore[arg-type]  the four fields of every event
+                **common,
                 sop_instance_uid=instance.sop_instance_uid,
                 sop_class_uid=instance.sop_class_uid,
                 calling_ae=instance.calling_ae,
@@ -194,7 +205,7 @@ class Grouping:
             )
         else:
             event = events.InstanceStored(
-                **common,  # type: ignore[arg-type]  as above
+                **common,
                 series_uid=instance.series_uid,
                 sop_instance_uid=instance.sop_instance_uid,
                 digest=instance.digest,
@@ -336,7 +347,8 @@ class Grouping:
                     study_uid=study_uid, sequence=1, first_received=time.isoformat(), last_received=time.isoformat()
                 )
             )
-        return connection.execute(sa.select(table.c.sequence).where(table.c.study_uid == study_uid)).scalar_one()
+        query = sa.select(table.c.sequence).where(table.c.study_uid == study_uid)
+        return int(connection.execute(query).scalar_one())
 
     # Groups ----------------------------------------------------------------------------------------------------
 

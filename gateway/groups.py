@@ -41,9 +41,7 @@ class Members(Sequence[Instance]):
 
     def _all(self) -> list[Instance]:
         if self._read is None:
-            self._read = [
-                instance_of(row) for row in self._connection.execute(_member_rows(self._group_id)).mappings()
-            ]
+            self._read = [instance_of(row) for row in self._connection.execute(_member_rows(self._group_id)).mappings()]
         return self._read
 
     @overload
@@ -132,7 +130,7 @@ def next_sequence(connection: sa.Connection, group_id: str) -> int:
     """Count up the group's event sequence."""
     table = tables.groups
     connection.execute(table.update().where(table.c.group_id == group_id).values(sequence=table.c.sequence + 1))
-    return connection.execute(sa.select(table.c.sequence).where(table.c.group_id == group_id)).scalar_one()
+    return int(connection.execute(sa.select(table.c.sequence).where(table.c.group_id == group_id)).scalar_one())
 
 
 def studies_of(connection: sa.Connection, group_id: str) -> tuple[str, ...]:

@@ -198,5 +198,8 @@ def _decode(data: bytes, at: int, segment: int, offset: int) -> Entry | None:
         return None
     raw = json.loads(body)
     return Entry(
-        time=datetime.fromisoformat(raw.pop("time")), kind=raw.pop("kind"), fields=raw, after=Position(segment, offset + end)
+        time=datetime.fromisoformat(raw.pop("time")),
+        kind=raw.pop("kind"),
+        fields=raw,
+        after=Position(segment, offset + end),
     )

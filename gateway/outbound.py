@@ -1,4 +1,4 @@
-"""Deliveries in the database: what is to be sent where, how far it is. Every change and its event in one transaction."""
+"""Deliveries in the database: what is to be sent where, and how far it is; every change with its event."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ class Outbound:
         )
         with effect("delivery.settle"), self._database.transaction() as connection:
             event = events.ResultDelivered(
-                **self._next(connection, delivery.delivery_id, now), destination=delivery.destination, instances=statuses
+                **self._next(connection, delivery.delivery_id, now),
+                destination=delivery.destination,
+                instances=statuses,
             )
             self._change(
                 connection,

@@ -105,7 +105,9 @@ def list_deliveries(database: Database, job_ids: list[str]) -> list[DeliveryRow]
     with database.reading() as connection:
         rows = connection.execute(
             sa.select(
-                table, sa.func.count(items.c.position).label("instances"), sa.func.count(items.c.status).label("answered")
+                table,
+                sa.func.count(items.c.position).label("instances"),
+                sa.func.count(items.c.status).label("answered"),
             )
             .select_from(table.outerjoin(items, items.c.delivery_id == table.c.delivery_id))
             .where(table.c.job_id.in_(job_ids))

@@ -27,9 +27,7 @@ class CalledEntity:
     overwrite_same_instance: bool
 
 
-def load_registry(
-    config: GatewayConfig, on_fault: Callable[[int, str], None] | None = None
-) -> dict[str, CalledEntity]:
+def load_registry(config: GatewayConfig, on_fault: Callable[[int, str], None] | None = None) -> dict[str, CalledEntity]:
     """Load every rule. A rule that is unknown or refuses its settings goes to `on_fault`, else raises ConfigError."""
     entities: dict[str, CalledEntity] = {}
     for index, called in enumerate(config.ae_titles):

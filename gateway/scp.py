@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from pydicom import Dataset
 from pynetdicom import AE, _config, evt
-from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
+from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]  # made from a table at import
 from pynetdicom.transport import ThreadedAssociationServer
 
 from clarion.crashpoints import effect, reach
@@ -106,14 +106,14 @@ class Scp:
         """Accept no more, let open associations end until the deadline, abort the rest."""
         self._draining = True
         end = time.monotonic() + deadline_s
-        with threading.Condition() as waiting:
-            while self._open and time.monotonic() < end:
-                waiting.wait(0.05)
+        ended = threading.Event()
+        while self._open and time.monotonic() < end:
+            ended.wait(0.05)
         self._ae.shutdown()
 
     def _entity(self) -> AE:
         ae = AE()
-        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID  # type: ignore[assignment]
+        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         ae.maximum_pdu_size = self._config.max_pdu
         # The limit is checked by us, in the order of the specification.
@@ -130,7 +130,7 @@ class Scp:
 
     def _requested(self, event: evt.Event) -> None:
         assoc = event.assoc
-        request = assoc.requestor.primitive
+        request: Any = assoc.requestor.primitive
         calling, called = str(request.calling_ae_title).strip(), str(request.called_ae_title).strip()
         address = str(assoc.requestor.address)
         storage = any(
@@ -166,7 +166,7 @@ class Scp:
 
     def _stored(self, event: evt.Event) -> int | Dataset:
         association = self._open.get(event.assoc)
-        request = event.request
+        request: Any = event.request
         sop_class_uid = str(request.AffectedSOPClassUID)
         if association is None or not association.is_source:
             return _status(_NOT_AUTHORISED, "not a source of instances")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydicom import Dataset
 from pynetdicom import AE, _config, evt
-from pynetdicom.sop_class import (
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
     StorageCommitmentPushModel,
     StorageCommitmentPushModelInstance,
     StudyRootQueryRetrieveInformationModelFind,
@@ -102,7 +102,7 @@ class Requestor:
         self._reported = threading.Event()
         self._on_report = on_report
         ae = AE(ae_title=own_ae)
-        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID  # type: ignore[assignment]
+        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         ae.connection_timeout = timeouts.connect_s
         ae.acse_timeout = timeouts.connect_s

@@ -70,8 +70,10 @@ def read_series(slices: _Slices) -> Volume:
     """Decode one series into a volume; int16 where the rescaled values are whole and fit, else float32."""
     headers = [ds for _, ds in slices]
     first = headers[0]
-    for keyword in ("Rows", "Columns", "PixelSpacing", "FrameOfReferenceUID"):
+    for keyword in ("Rows", "Columns", "PixelSpacing"):
         _same_everywhere(headers, keyword)
+    if not _frames_scattered(headers):
+        _same_everywhere(headers, "FrameOfReferenceUID")
     ordering = order_series(headers)
     ordered = [slices[index] for index in ordering.order]
     spacing = [float(one) for one in first.PixelSpacing]
@@ -86,7 +88,7 @@ def read_series(slices: _Slices) -> Volume:
             spacing_mm=(spacing[0], spacing[1]),
             rows=int(first.Rows),
             columns=int(first.Columns),
-            frame_of_reference_uid=str(first.FrameOfReferenceUID),
+            frame_of_reference_uid=str(ordered[0][1].FrameOfReferenceUID),
         ),
         unit="HU" if first.get("Modality") == "CT" else "",
         series_uid=str(first.SeriesInstanceUID),
@@ -103,6 +105,12 @@ def _same_everywhere(headers: list[Dataset], keyword: str) -> None:
         raise UnreadableSeriesError("missing-attribute", f"{keyword} is absent")
     if len(values) > 1:
         raise UnreadableSeriesError("mixed-series", f"{keyword} differs among the instances")
+
+
+def _frames_scattered(headers: list[Dataset]) -> bool:
+    """Tell whether every instance has a frame of reference of its own, as some de-identification leaves a series."""
+    frames = {str(ds.get("FrameOfReferenceUID", "")) for ds in headers}
+    return len(headers) > 1 and len(frames) == len(headers) and "" not in frames
 
 
 def _decode(ordered: _Slices) -> NDArray[Any]:
@@ -133,6 +141,8 @@ def _report(ordering: Ordering, headers: list[Dataset]) -> tuple[str, ...]:
     lines = []
     if "RescaleSlope" not in headers[0]:
         lines.append("no rescale in the headers: stored values are taken as they are")
+    if _frames_scattered(headers):
+        lines.append("every instance names a frame of reference of its own: that of the first slice is used for all")
     if len(headers) > 1:
         steps = np.linalg.norm(np.diff(ordering.positions_mm, axis=0), axis=1)
         median = float(np.median(steps))

@@ -80,7 +80,7 @@ def run(environment: Mapping[str, str]) -> int:
         Path(environment["CLARION_FAILURE_FILE"]).write_text(said)
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
-    except Exception:
+    except Exception:  # noqa: BLE001  as said below
         # The one catch-all of this process: shown as our fault, with its stack trace in the operator's log.
         traceback.print_exc()
         return 2

@@ -233,9 +233,7 @@ class Ledger:
         self._operator(job_id, attempt, operator, values)
 
     def _operator(self, job_id: str, attempt: int, operator: str, values: dict[str, Any]) -> None:
-        here = sa.and_(
-            operators.c.job_id == job_id, operators.c.attempt == attempt, operators.c.operator == operator
-        )
+        here = sa.and_(operators.c.job_id == job_id, operators.c.attempt == attempt, operators.c.operator == operator)
         with effect("ledger.operator"), self._database.transaction() as connection:
             connection.execute(operators.update().where(here).values(**values))
 

@@ -1,4 +1,4 @@
-"""The rule `by-tag`: instances with one value of one attribute belong together; quiet for a while, they are complete."""
+"""The rule `by-tag`: instances with one value of an attribute belong together; quiet for a while, it is complete."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from clarion import events
 from clarion.errors import PermanentError
-from clarion.model import ObjectRef, derive_job_id  # noqa: TC001  pydantic reads the annotation at run time
+from clarion.model import ObjectRef, derive_job_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +52,9 @@ class Match:
             return []
         unknown = sorted({one.pipeline_id for one in event.triggers} - set(self._pipelines))
         if unknown:
-            raise PermanentError(f"rule {event.rule!r} triggers pipelines that are not configured: {', '.join(unknown)}")
+            raise PermanentError(
+                f"rule {event.rule!r} triggers pipelines that are not configured: {', '.join(unknown)}"
+            )
         return [
             self._request(event, self._pipelines[one.pipeline_id], name=one.name, priority=one.priority)
             for one in event.triggers
@@ -81,6 +83,6 @@ class Match:
 
 
 def job_name(called_ae: str, pipeline: str, closed: datetime) -> str:
-    """Make a job's name (registry specification 5.1); the time is when the group closed, so a retry has the same name."""
+    """Make a job's name (registry specification 5.1); with the time of closing, so a retry has the same."""
     text = re.sub(r"-+", "-", re.sub(r"[^A-Za-z0-9-]", "-", f"{called_ae}-{pipeline}-{closed:%Y%m%d%H%M%S}"))
     return text.strip("-")[:MAX_NAME].strip("-").lower()

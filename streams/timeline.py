@@ -114,9 +114,7 @@ def _delivery_line(event: Event) -> _Line | None:
 class Timeline:
     """Writes the story down."""
 
-    kinds: ClassVar = tuple(
-        kind for kind in events.ALL if kind not in {events.InstanceStored, events.ResultRegistered}
-    )
+    kinds: ClassVar = tuple(kind for kind in events.ALL if kind not in {events.InstanceStored, events.ResultRegistered})
 
     def __init__(self, database: Database) -> None:
         self._database = database

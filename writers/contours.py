@@ -95,6 +95,7 @@ def _keyhole(ring: NDArray[np.float64], holes: list[NDArray[np.float64]]) -> NDA
 
 def _nearest(ring: NDArray[np.float64], hole: NDArray[np.float64]) -> tuple[float, int, int]:
     """Give the least distance between two rings, and the index of the point on each."""
-    distances, indices = cKDTree(ring).query(hole)
+    found = cKDTree(ring).query(hole)
+    distances, indices = np.asarray(found[0]), np.asarray(found[1])
     start = int(np.argmin(distances))
     return float(distances[start]), int(indices[start]), start

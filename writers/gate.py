@@ -40,7 +40,17 @@ _EQUAL_TO_SOURCE = (
 _FRAME_OF_REFERENCE = 0x00200052
 _SERIES_UID, _SOP_INSTANCE, _SOP_CLASS, _MODALITY = 0x0020000E, 0x00080018, 0x00080016, 0x00080060
 # Type 1 for every IOD we write: SOP Common, General Study, General Series, Enhanced Equipment.
-_TYPE_1 = (_SOP_CLASS, _SOP_INSTANCE, 0x0020000D, _SERIES_UID, _MODALITY, 0x00080070, 0x00081090, 0x00181000, 0x00181020)
+_TYPE_1 = (
+    _SOP_CLASS,
+    _SOP_INSTANCE,
+    0x0020000D,
+    _SERIES_UID,
+    _MODALITY,
+    0x00080070,
+    0x00081090,
+    0x00181000,
+    0x00181020,
+)
 _TYPE_2 = (0x00100010, 0x00100020, 0x00100030, 0x00100040, 0x00080020, 0x00080030, 0x00080090, 0x00200010, 0x00080050)
 _REFERENCED_INSTANCE = 0x00081155
 _NOT_FOR_CLINICAL_USE = "not for clinical use"
@@ -75,9 +85,7 @@ class ResultGate:
         (workspace.outputs["findings"] / "findings.json").write_text(text)
 
 
-def check_results(
-    results: list[tuple[str, Path]], source: list[Dataset], labels: Labels | None
-) -> list[Finding]:
+def check_results(results: list[tuple[str, Path]], source: list[Dataset], labels: Labels | None) -> list[Finding]:
     """Check the files of a result set against each other, their source and the labels they were made from."""
     findings: list[Finding] = []
     views: list[View] = []

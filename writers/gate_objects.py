@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from writers.gate_view import View
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
     from pydicom import Dataset
 
     from clarion.elements import Element
     from clarion.labels import Labels
+    from writers.gate_view import View
 
     Check = Callable[[View, list[Dataset], Labels | None], Iterator[tuple[str, str]]]
 
@@ -95,7 +95,7 @@ def _frames(
     return planes, said[:5]
 
 
-def _voxels(planes: list[int], counts: np.ndarray, labels: Labels) -> Iterator[tuple[str, str]]:  # type: ignore[type-arg]
+def _voxels(planes: list[int], counts: NDArray[np.int64], labels: Labels) -> Iterator[tuple[str, str]]:
     expected = [
         total
         for segment in labels.segments
@@ -127,12 +127,14 @@ def check_structure_set(view: View, source: list[Dataset], _labels: Labels | Non
         yield "G11", "no contour"
 
 
-def _plane(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _plane(ds: Dataset) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     cosines = np.array([float(one) for one in ds.ImageOrientationPatient])
     return np.cross(cosines[:3], cosines[3:]), np.array([float(one) for one in ds.ImagePositionPatient])
 
 
-def _contour(view: View, contour: dict[int, Element], planes: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:  # type: ignore[type-arg]
+def _contour(
+    view: View, contour: dict[int, Element], planes: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+) -> str:
     cited = _inside(view, contour, _CONTOUR_IMAGES, _REFERENCED)
     if cited is None or view.text_of(cited) not in planes or _CONTOUR_DATA not in contour:
         return "a contour cites no slice of the source, or has no points"

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Self
 
 from pydicom import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, read_headers
 from clarion.errors import UnreadableSeriesError
@@ -107,7 +107,11 @@ def read_source(payload: Path, volume: Volume) -> SourceSeries:
     missing = [one.sop_instance_uid for one in volume.sources if one.sop_instance_uid not in by_uid]
     if missing:
         raise UnreadableSeriesError("missing-instance", f"{len(missing)} slices are not in the payload: {missing[0]}")
-    return SourceSeries(tuple(by_uid[one.sop_instance_uid] for one in volume.sources))
+    headers = tuple(by_uid[one.sop_instance_uid] for one in volume.sources)
+    for ds in headers:
+        # The reader accepts a series whose de-identification gave each instance a frame of reference of its own.
+        ds.FrameOfReferenceUID = volume.geometry.frame_of_reference_uid
+    return SourceSeries(headers)
 
 
 def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
@@ -188,8 +192,8 @@ def save(ds: Dataset, folder: Path, kind: str, syntax: str = ExplicitVRLittleEnd
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-    ds.file_meta.TransferSyntaxUID = syntax
-    ds.file_meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
+    ds.file_meta.TransferSyntaxUID = UID(syntax)
+    ds.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     ds.file_meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
     path = folder / f"{kind}.dcm"
     ds.save_as(path, enforce_file_format=True)

@@ -54,8 +54,9 @@ class OverviewWriter:
 
 def draw(volume: Volume, labels: Labels) -> NDArray[np.uint8]:
     """Draw the three planes through the middle of what was segmented; RGB `[row, column, 3]`."""
-    organs = labels.volume.array & 0b0000_1110 if len(labels.segments) > 1 else labels.volume.array
-    centre = _middle(organs if organs.any() else labels.volume.array)
+    everything: NDArray[np.uint8] = labels.volume.array
+    organs = (everything & 0b0000_1110).astype(np.uint8) if len(labels.segments) > 1 else everything
+    centre = _middle(organs if organs.any() else everything)
     width = 3 * PANEL + 4 * MARGIN
     canvas = Image.new("RGB", (width, PANEL + 2 * MARGIN + LEGEND), _BACKGROUND)
     pen = ImageDraw.Draw(canvas)
@@ -126,7 +127,8 @@ def write_overview(picture: NDArray[np.uint8], source: SourceSeries, job: JobIde
     ds.ConversionType, ds.ImageType = "WSD", ["DERIVED", "SECONDARY"]
     ds.BurnedInAnnotation = "NO"
     ds.PatientOrientation = ds.Laterality = None
-    ds.DerivationDescription = f"{NOT_FOR_CLINICAL_USE}: coronal, sagittal and axial planes with segment colours"
+    said = (f"{NOT_FOR_CLINICAL_USE}: coronal, sagittal and axial planes with segment colours", *labels.volume.report)
+    ds.DerivationDescription = "; ".join(said)[:1024]
     ds.SourceImageSequence = [_source(one) for one in source.headers]
     ds.Rows, ds.Columns = picture.shape[:2]
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0

@@ -70,7 +70,7 @@ def write_structure_set(labels: Labels, source: SourceSeries, job: JobIdentity) 
     stamp(ds, job, KIND, label="structure set", modality="RTSTRUCT")
     ds.OperatorsName = None
     ds.StructureSetLabel = job.pipeline[:16]
-    ds.StructureSetDescription = NOT_FOR_CLINICAL_USE
+    ds.StructureSetDescription = "; ".join((NOT_FOR_CLINICAL_USE, *labels.volume.report))[:1024]
     ds.StructureSetDate, ds.StructureSetTime = job.date, job.time
     ds.ApprovalStatus = "UNAPPROVED"
     frame_of_reference = labels.volume.geometry.frame_of_reference_uid
@@ -122,7 +122,7 @@ def _observation(number: int, segment: Segment) -> Dataset:
 
 def _contours(number: int, segment: Segment, labels: Labels, source: SourceSeries) -> Dataset:
     mask, geometry = labels.mask(segment), labels.volume.geometry
-    items = []
+    items: list[Dataset] = []
     for index in np.flatnonzero(mask.any(axis=(1, 2))):
         for ring in trace(mask[index]):
             item = Dataset()

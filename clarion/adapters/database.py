@@ -45,9 +45,10 @@ class Database:
             found = connection.execute(sa.select(_versions.c.version).where(_versions.c.stage == stage)).scalar()
             if found is not None and found > version:
                 raise ConfigError(
-                    [f"database.url: the tables of {stage!r} have version {found}, this Clarion knows {version}; run "
-                     "the newer Clarion on this data folder"]
-                )  # fmt: skip
+                    [
+                        f"database.url: {stage!r} has table version {found}, this Clarion knows {version}; run a newer one"
+                    ]
+                )
             tables.create_all(connection)
             if found is None:
                 connection.execute(_versions.insert().values(stage=stage, version=version))

@@ -133,7 +133,8 @@ class EmbeddedBus:
 
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
-        return any([self._advance(name, one) for name, one in self._subscriptions.items()])
+        moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
+        return any(moved)
 
     def _advance(self, consumer: str, subscription: _Subscription) -> bool:
         if self._clock.monotonic() < subscription.paused_until:
@@ -237,5 +238,3 @@ def read_dead_letters(database: Database) -> list[DeadLetter]:
         )
         for row in rows
     ]
-
-

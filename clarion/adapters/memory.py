@@ -95,7 +95,8 @@ class MemoryBus:
 
     def step(self) -> bool:
         """Hand each handler what is waiting for it."""
-        return any([self._advance(name, one) for name, one in self._subscriptions.items()])
+        moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
+        return any(moved)
 
     def _advance(self, name: str, subscription: _Subscription) -> bool:
         moved = False

@@ -26,7 +26,7 @@ class Wakeup:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._folder)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        self._socket.settimeout(0)
         self._socket.bind(self._path(self._name))
 
     def wait(self, timeout_s: float) -> bool:
@@ -41,8 +41,8 @@ class Wakeup:
     def ring(self) -> None:
         """Wake everybody else, and whoever waits here."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            for name in os.listdir(self._folder):
+            sender.settimeout(0)
+            for name in os.listdir(self._folder):  # noqa: PTH208  by the open folder, wherever it was moved
                 # Nobody there any more, or awake with a full queue: either way nothing is lost.
                 with contextlib.suppress(OSError):
                     sender.sendto(b"!", self._path(name))

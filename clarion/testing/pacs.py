@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydicom import Dataset
 from pynetdicom import AE, _config, build_role, evt
-from pynetdicom.sop_class import (
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
     StorageCommitmentPushModel,
     StorageCommitmentPushModelInstance,
     StudyRootQueryRetrieveInformationModelFind,
@@ -74,14 +74,15 @@ class Pacs:
             (evt.EVT_C_FIND, self._find),
             (evt.EVT_N_ACTION, self._commit),
         ]
-        self._server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
+        server: Any = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
+        self._server = server
         self._reporter = threading.Thread(target=self._report, name="pacs-reports", daemon=True)
         self._reporter.start()
 
     @property
     def port(self) -> int:
         """The port it listens on."""
-        return int(self._server.socket.getsockname()[1])  # type: ignore[union-attr]
+        return int(self._server.socket.getsockname()[1])
 
     def caller(self, ae_title: str, host: str, port: int) -> None:
         """Let it know where a calling AE title takes reports."""
@@ -90,14 +91,15 @@ class Pacs:
     def stop(self) -> None:
         """Stop listening."""
         self._reports.put(None)
-        self._server.shutdown()  # type: ignore[union-attr]
+        self._server.shutdown()
 
     def contents(self) -> list[Kept]:
         """List what it keeps."""
         return read_contents(self._folder)
 
     def _store(self, event: evt.Event) -> int:
-        data = event.request.DataSet.getvalue()
+        request: Any = event.request
+        data = request.DataSet.getvalue()
         syntax = str(event.context.transfer_syntax)
         header = read_header(data, syntax)
         if header.fault is not None:
@@ -167,9 +169,7 @@ class Pacs:
             host, port = self._callers[caller]
             assoc = ae.associate(host, port, ae_title=caller, ext_neg=[role])
             if assoc.is_established:
-                assoc.send_n_event_report(
-                    report, kind, StorageCommitmentPushModel, StorageCommitmentPushModelInstance
-                )
+                assoc.send_n_event_report(report, kind, StorageCommitmentPushModel, StorageCommitmentPushModelInstance)
                 assoc.release()
                 return
             waiting.wait(0.5)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pydicom import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from clarion.dicom import IMPLEMENTATION_CLASS_UID
 from clarion.model import derive_uid
@@ -116,7 +116,7 @@ def _slice(
             if size > 0:
                 spot = (x - px) ** 2 + (y - py) ** 2 < size
                 plane[spot & (lungs[0] | lungs[1])] = BLOOD
-    if z > 20:  # noqa: PLR2004  above the carina
+    if z > 20:
         plane[_ellipse(x, y, (0, 8), (10, 10)) < 1] = MUSCLE
         plane[_ellipse(x, y, (0, 8), (8, 8)) < 1] = AIR
     _bones(plane, x, y, z, taper)
@@ -125,7 +125,7 @@ def _slice(
 
 def _bones(plane: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.float32], z: float, taper: float) -> None:
     """Draw spine, sternum and ribs into a slice."""
-    disc = abs((z % _RIB_DISTANCE_MM) - _RIB_DISTANCE_MM / 2) < 2.5  # noqa: PLR2004  the disc between two vertebrae
+    disc = abs((z % _RIB_DISTANCE_MM) - _RIB_DISTANCE_MM / 2) < 2.5
     vertebra = _ellipse(x, y, (0, 68), (19, 16))
     plane[vertebra < 1] = MUSCLE + 40 if disc else CORTEX
     plane[vertebra < 0.7] = MUSCLE + 40 if disc else MARROW
@@ -194,11 +194,11 @@ def _header(spec: PhantomSpec, index: int, study: str, patient: str) -> Dataset:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.file_meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
+    ds.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = derive_uid("phantom", spec, "instance", index)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(derive_uid("phantom", spec, "instance", index))
     ds.StudyInstanceUID, ds.SeriesInstanceUID = study, derive_uid("phantom", spec, "series")
     ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = derive_uid("phantom", spec, "frame"), ""
     ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.PatientSex = patient, "PHANTOM-1", "19700101", "O"

@@ -11,7 +11,7 @@ import uvicorn
 from clarion.adapters.embedded import SCHEMA_VERSION as BUS_VERSION
 from clarion.adapters.embedded import tables as bus_tables
 from clarion.errors import ResourceBusyError
-from console.web.pages import Pages
+from console.pages.routes import Pages
 from gateway import tables as gateway_tables
 from orchestrator import ledger
 from streams import timeline

@@ -18,8 +18,8 @@ from PIL import Image
 from clarion.elements import Walker
 from clarion.model import is_uid
 from clarion.service import read_heartbeats
-from console.app import STAGES
 from console.checks import is_loopback
+from console.stages import STAGES
 from console.studies import read_studies, read_study
 from gateway.queries import list_quarantine
 from streams.queries import PROGRESS
@@ -81,8 +81,8 @@ class Pages:
             response = await proceed(request)
         else:
             response = PlainTextResponse(
-                "401: a token is required. Open /?token=TOKEN with the console.token of the configuration, or send it as "
-                "`Authorization: Bearer TOKEN`.\n",
+                "401: a token is required. Open /?token=TOKEN with the console.token of the configuration, or send it "
+                "as `Authorization: Bearer TOKEN`.\n",
                 status_code=401,
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Install the servers that the tests talk to, from the system's packages, where root may. Otherwise name them.
+set -euo pipefail
+declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/bin/chromium]=chromium)
+missing=()
+for program in "${!wanted[@]}"; do [ -x "$program" ] || missing+=("${wanted[$program]}"); done
+[ ${#missing[@]} -gt 0 ] || exit 0
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  echo "servers: installing ${missing[*]} from the system's packages"
+  export DEBIAN_FRONTEND=noninteractive
+  for try in 1 2 3; do
+    if apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/tmp/clarion-servers.log 2>&1; then
+      # Orthanc's package starts a server of its own; the tests start theirs on free ports.
+      service orthanc stop >/dev/null 2>&1 || true
+      exit 0
+    fi
+    echo "servers: try $try failed"
+  done
+  tail -n 5 /tmp/clarion-servers.log
+  exit 3
+fi
+echo "servers: the tests also want ${missing[*]}; install them (Debian: sudo apt-get install ${missing[*]}). Tests that need them are skipped."
