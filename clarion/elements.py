@@ -66,9 +66,10 @@ def inflate(data: bytes) -> bytes:
 
 
 class Walker:
-    """Walks one data set; `data` is the plain, inflated encoding."""
+    """Walks one data set; `data` is the plain, inflated encoding. All its walks together see `max_elements`."""
 
-    def __init__(self, data: bytes, transfer_syntax_uid: str) -> None:
+    def __init__(self, data: bytes, transfer_syntax_uid: str, max_elements: int = MAX_ELEMENTS) -> None:
+        self._max = max_elements
         self._data = data
         self._explicit = transfer_syntax_uid != IMPLICIT_LE
         order = ">" if transfer_syntax_uid == EXPLICIT_BE else "<"
@@ -135,8 +136,8 @@ class Walker:
 
     def _element(self, position: int, limit: int, depth: int) -> Element:
         self._count += 1
-        if self._count > MAX_ELEMENTS or depth > MAX_DEPTH:
-            raise InvalidInstanceError("malformed", f"more than {MAX_ELEMENTS} elements or {MAX_DEPTH} levels")
+        if self._count > self._max or depth > MAX_DEPTH:
+            raise InvalidInstanceError("malformed", f"more than {self._max} elements or {MAX_DEPTH} levels")
         tag, vr, length, start = self._head(position, limit)
         if tag >> 16 == 0xFFFE:  # noqa: PLR2004  the group of items and delimiters, PS3.5 7.5
             raise InvalidInstanceError("malformed", f"delimiter {tag:08X} outside a sequence")

@@ -64,7 +64,7 @@ class Located:
             text = raw.decode("utf-8")
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent):
-                    line = event.start_mark.line + 1
+                    line = event.start_mark.line + 1 if event.start_mark else 1
                     raise ConfigError([f"{self.name}:{line}: aliases (*{event.anchor}) are not allowed; write it out"])
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except UnicodeDecodeError as error:
@@ -86,7 +86,7 @@ class Located:
         if isinstance(node, yaml.SequenceNode):
             return [self._value(child, (*keys, index)) for index, child in enumerate(node.value)]
         try:
-            return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+            return yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError):
             self.fault(keys, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}; put it in quotes if it is text")
             return None

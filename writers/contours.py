@@ -64,9 +64,11 @@ def _join_holes(rings: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
     outer = [ring for ring, area in zip(rings, areas, strict=True) if np.sign(area) == outward]
     outer.sort(key=lambda ring: abs(signed_area(ring)))
     owned: list[list[NDArray[np.float64]]] = [[] for _ in outer]
+    low, high = np.array([one.min(axis=0) for one in outer]), np.array([one.max(axis=0) for one in outer])
     for ring, area in zip(rings, areas, strict=True):
         if np.sign(area) != outward:
-            owner = next(index for index, one in enumerate(outer) if contains(one, ring[:1])[0])
+            near = np.flatnonzero(((low < ring[0]) & (ring[0] < high)).all(axis=1))
+            owner = next(int(index) for index in near if contains(outer[index], ring[:1])[0])
             owned[owner].append(ring)
     return [_keyhole(ring, holes) for ring, holes in zip(outer, owned, strict=True)]
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from clarion.elements import Element
 
+# Our own results have a few elements per contour and frame, and the gate walks them several times.
+_MAX_ELEMENTS = 50_000_000
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _SAYING = (0x0008103E, 0x00700081, 0x30060006, 0x00082111, 0x0040A492, 0x00204000)
 # Sequences of the objects we write, needed only where implicit VR hides what is one.
@@ -28,7 +30,7 @@ class View:
         self.output = output
         self.data = plain_encoding(data, syntax)
         self.syntax = EXPLICIT_LE if syntax == _DEFLATED else syntax
-        self._walker = Walker(self.data, self.syntax)
+        self._walker = Walker(self.data, self.syntax, _MAX_ELEMENTS)
         self.top = {element.tag: element for element in self._walker.elements()}
 
     def text(self, tag: int) -> str:

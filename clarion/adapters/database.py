@@ -45,9 +45,7 @@ class Database:
             found = connection.execute(sa.select(_versions.c.version).where(_versions.c.stage == stage)).scalar()
             if found is not None and found > version:
                 raise ConfigError(
-                    [
-                        f"database.url: {stage!r} has table version {found}, this Clarion knows {version}; run a newer one"
-                    ]
+                    [f"database.url: {stage!r} has table version {found}, known here is {version}; run a newer one"]
                 )
             tables.create_all(connection)
             if found is None:
