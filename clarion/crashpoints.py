@@ -53,26 +53,32 @@ EFFECTS = (
     "delivery.verify",
 )
 
+passes: dict[str, int] = {}
+"""How often each point was passed by this process; counted only while a point is armed, `count` included."""
+
+COUNT = "count"
+
 _armed: str | None = os.environ.get("CLARION_CRASH_AT")
-_passed = 0
 
 
 def arm(point: str | None) -> None:
-    """Choose the point at which this process ends, or none; `before:NAME` or `after:NAME`, optionally `#COUNT`."""
-    global _armed, _passed
-    _armed, _passed = point, 0
+    """Choose the point at which this process ends: `before:NAME` or `after:NAME`, optionally `#TIMES`.
+
+    None disarms; COUNT only counts passes.
+    """
+    global _armed  # noqa: PLW0603  a process has one crash point, set by the test that forked it
+    _armed = point
+    passes.clear()
 
 
 def reach(point: str) -> None:
     """Pass the crash point: end the process here if it is the armed one."""
-    global _passed  # noqa: PLW0603  counts passes of the one armed point
     if _armed is None:
         return
+    passes[point] = passes.get(point, 0) + 1
     name, _, count = _armed.partition("#")
-    if name == point:
-        _passed += 1
-        if _passed == int(count or "1"):
-            os.kill(os.getpid(), signal.SIGKILL)
+    if name == point and passes[point] == int(count or "1"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""Real servers as private processes: our small PACS, Orthanc, DCMTK's storescp. Ended by the fixture that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from support.world import pause
+
+ORTHANC = Path("/usr/sbin/Orthanc")
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], deadline_s: float = 30) -> None:
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        assert process.poll() is None, f"the server ended with {process.returncode}"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        pause(0.05)
+    raise AssertionError(f"nothing listens on {port} after {deadline_s} s")
+
+
+def start_pacs(folder: Path, port: int, ae_title: str, caller: tuple[str, int]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "clarion.testing.pacs", str(folder), str(port), ae_title]
+    process = subprocess.Popen([*command, "--caller", caller[0], "127.0.0.1", str(caller[1])])
+    wait_for_port(port, process)
+    return process
+
+
+def start_orthanc(folder: Path, *, dicom: int, http: int, caller: tuple[str, int]) -> subprocess.Popen[bytes]:
+    """A fresh Orthanc on loopback that knows the caller, for storage commitment reports too."""
+    folder.mkdir(parents=True)
+    described = {
+        "Name": "clarion-test",
+        "StorageDirectory": str(folder / "storage"),
+        "IndexDirectory": str(folder / "storage"),
+        "DicomAet": "ORTHANC",
+        "DicomPort": dicom,
+        "HttpPort": http,
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "DicomModalities": {"clarion": [caller[0], "127.0.0.1", caller[1]]},
+        "Plugins": [],
+    }
+    (folder / "orthanc.json").write_text(json.dumps(described))
+    process = subprocess.Popen(
+        [str(ORTHANC), str(folder / "orthanc.json")],
+        stdout=(folder / "log").open("wb"),
+        stderr=subprocess.STDOUT,
+        env=dict(os.environ),
+    )
+    wait_for_port(dicom, process)
+    wait_for_port(http, process)
+    return process
