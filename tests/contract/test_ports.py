@@ -1,0 +1,74 @@
+"""One suite per port, over every implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clarion.adapters.database import Database
+from clarion.adapters.embedded import EmbeddedBus, read_dead_letters, read_lag
+from clarion.adapters.files import FileStore
+from clarion.adapters.memory import ManualClock, MemoryBus, MemoryStore
+from clarion.errors import PermanentError
+from clarion.events import JobStarted
+from clarion.ports import Clock, EventBus
+from clarion.testing.suites import MOMENT, EventBusSuite, MakeBus, ObjectStoreSuite, Recorder, drain, started
+
+
+class TestMemoryBus(EventBusSuite):
+    @pytest.fixture
+    def make_bus(self) -> MakeBus:
+        return MemoryBus
+
+
+class TestEmbeddedBus(EventBusSuite):
+    @pytest.fixture
+    def make_bus(self, tmp_path: Path) -> MakeBus:
+        def make(clock: Clock) -> EventBus:
+            return EmbeddedBus(Database(f"sqlite:///{tmp_path / 'bus.db'}"), clock)
+
+        return make
+
+    def test_position_survives_a_restart(self, make_bus: MakeBus) -> None:
+        """Bites: keep the position in memory and the second recorder sees everything again."""
+        first, second = Recorder(), Recorder()
+        bus = make_bus(ManualClock(MOMENT))
+        bus.subscribe("suite", [JobStarted], first)
+        bus.publish([started("a", 1)])
+        drain(bus)
+        again = make_bus(ManualClock(MOMENT))
+        again.subscribe("suite", [JobStarted], second)
+        again.publish([started("a", 2)])
+        drain(again)
+        assert [event.sequence for event in first.seen] == [1]
+        assert [event.sequence for event in second.seen] == [2]
+
+    def test_dead_letters_and_lag_can_be_read(self, make_bus: MakeBus, tmp_path: Path) -> None:
+        bus = make_bus(ManualClock(MOMENT))
+        bus.subscribe("suite", [JobStarted], Recorder(trouble=lambda _: PermanentError("the reason")))
+        bus.publish([started("a", 1)])
+        drain(bus)
+        database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+        letters = read_dead_letters(database)
+        assert [(one.consumer, one.error, one.reason) for one in letters] == [("suite", "PermanentError", "the reason")]
+        assert [(one.consumer, one.behind) for one in read_lag(database)] == [("suite", 0)]
+
+
+class TestMemoryStore(ObjectStoreSuite):
+    @pytest.fixture
+    def store(self) -> MemoryStore:
+        return MemoryStore()
+
+
+class TestFileStore(ObjectStoreSuite):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> FileStore:
+        return FileStore(tmp_path / "objects")
+
+    def test_a_crash_leaves_nothing_in_place(self, store: FileStore, tmp_path: Path) -> None:
+        """Half-written bytes lie beside, never under a digest."""
+        (tmp_path / "objects" / "incoming" / "half").write_bytes(b"half")
+        ref = store.put(b"whole")
+        names = [path.name for path in (tmp_path / "objects").rglob("*") if path.is_file()]
+        assert sorted(names) == sorted(["half", ref.digest])

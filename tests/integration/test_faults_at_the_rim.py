@@ -1,0 +1,166 @@
+"""Bad surroundings: disk below the reserve, port taken, a second instance, a destination down or unknown, MR for CT."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clarion.errors import ConfigError, ResourceBusyError
+from console.checks import check_config
+from console.supervisor import Supervisor
+from support.dcmtk import run, storescu
+from support.processes import start_pacs
+from support.system import describe, running
+from support.world import free_port, make_series, uid_of
+
+CLARION = str(Path(sys.executable).parent / "clarion")
+
+
+def clarion(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([CLARION, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_disk_below_reserve_is_a_transient_refusal(tmp_path: Path) -> None:
+    config = describe(tmp_path, intake={"reserve_gb": 1e6})
+    with running(config) as system:
+        done = run("storescu", "-v", "-aet", "SENDER", "-aec", "CHEST", "127.0.0.1", str(system.scp), str(make_series(tmp_path / "s")[0]))
+        assert "Rejected Transient" in done.stdout + done.stderr
+        # Verification is not refused: the peer is there, only full.
+        assert run("echoscu", "-aet", "SENDER", "-aec", "CHEST", "127.0.0.1", str(system.scp)).returncode == 0
+        assert clarion("status", "--json", cwd=tmp_path).stdout.count('"space": "low"') == 1
+
+
+def test_port_taken_says_which(tmp_path: Path) -> None:
+    config = describe(tmp_path)
+    checked = check_config(config)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", checked.config.gateway.scp.port))
+        taken.listen()
+        done = clarion("serve", "intake", "-c", str(config), cwd=tmp_path)
+    assert done.returncode == 3
+    assert str(checked.config.gateway.scp.port) in done.stderr
+    assert "port taken" in done.stderr
+
+
+def test_second_instance_on_the_same_data_is_refused(tmp_path: Path) -> None:
+    config = describe(tmp_path)
+    with running(config), pytest.raises(ResourceBusyError, match="another Clarion"):
+        Supervisor(check_config(config))
+
+
+def test_unknown_destination_and_destination_down_keep_the_results(tmp_path: Path) -> None:
+    """The delivery waits, visibly; when the PACS is there it gets everything, once."""
+    port, http = free_port(), free_port()
+    pacs_entry = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": port}
+    delivery = {"retry_delay_s": 1, "retry_delay_max_s": 1, "max_retries": 50, "connect_timeout_s": 2}
+    config = describe(tmp_path, destinations=[pacs_entry], delivery=delivery)
+    assert http
+    with running(config) as system:
+        series = make_series(tmp_path / "series")
+        sent = storescu(series, system.scp)
+        assert len(sent) == len(series)
+        system.wait_for(lambda: bool(system.studies()), "the study")
+        study = system.studies()[0]
+        system.wait_for(lambda: any(one.attempts >= 2 for one in system.view(study).deliveries), "two failed attempts")
+        waiting = system.view(study).deliveries[0]
+        assert waiting.state == "waiting"
+        assert "no association" in waiting.reason
+        pacs = start_pacs(tmp_path / "pacs", port, "PACS", ("CLARION", system.scp))
+        try:
+            view = system.wait_for_state(study, "Verified")
+        finally:
+            pacs.kill()
+        assert [one.state for one in view.deliveries] == ["verified"]
+        assert len(list((tmp_path / "pacs").glob("*.dcm"))) == 4
+
+
+def test_mr_is_refused_by_the_pipeline_with_a_reason(tmp_path: Path) -> None:
+    with running(describe(tmp_path)) as system:
+        series = make_series(tmp_path / "series", modality="MR")
+        storescu(series, system.scp)
+        system.wait_for(lambda: bool(system.studies()), "the study")
+        view = system.wait_for_state(system.studies()[0], "Failed")
+        assert view.jobs[0].cause == "UnreadableSeriesError"
+        assert "wrong-modality" in view.jobs[0].reason
+        assert any("wrong-modality" in line.text for line in view.story)
+        text = clarion("study", "show", system.studies()[0], cwd=tmp_path)
+        assert text.returncode == 0
+        assert "wrong-modality" in text.stdout
+        assert uid_of(series[0])
+
+
+BROKEN = [
+    ("gateway: {scp: {prt: 1}}", "did you mean 'port'"),
+    ("gateway: {scp: {port: 70000}}", "gateway.scp.port"),
+    ("gateway: {ae_titles: [{ae_title: A, rule: by-tagg}]}", "no clarion.rules named 'by-tagg'"),
+    ("gateway: {ae_titles: [{ae_title: A, settings: {pipeline-x: nope}}]}", "no pipeline 'nope'"),
+    ("gateway: {ae_titles: [{ae_title: A, settings: {}}]}", "pipeline-NAME"),
+    ("gateway: {ae_titles: [{ae_title: 'A\\\\B', settings: {}}]}", "backslash"),
+    ("gateway: {ae_titles: [{ae_title: ABCDEFGHIJKLMNOPQ}]}", "1 to 16 characters"),
+    ("pipelines: [{id: a, file: 'builtin:nope'}]", "no bundled pipeline 'nope'"),
+    ("pipelines: [{id: a, file: nowhere.yaml}]", "cannot be read"),
+    ("pipelines: [{id: a, file: 'builtin:chest-ct', destinations: [x]}]", "no destination 'x'"),
+    ("console: {host: 0.0.0.0}", "console.token"),
+    ("database: {url: 'mysql://x'}", "only sqlite"),
+    ("data: [1", "is not YAML"),
+    ("data: a\ndata: b", "written twice"),
+    ("gateway: {sources: [{ae_title: A, host: 10.0.0.0/99}]}", "host"),
+    ("a: &x 1\nb: *x", "aliases"),
+    ("- 1", "must be a mapping"),
+    ("data: !!python/object:os.system x", "data"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), BROKEN)
+def test_broken_configuration_names_file_line_and_key(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "clarion.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        check_config(path)
+    assert said in str(caught.value)
+    assert all(fault.startswith(f"{path}:") for fault in caught.value.faults)
+
+
+def test_all_faults_at_once_and_exit_status(tmp_path: Path) -> None:
+    (tmp_path / "clarion.yaml").write_text("gateway:\n  scp: {port: 0}\n  scu: {ae_titel: X}\nbus: {kind: pigeon}\n")
+    done = clarion("config", "check", cwd=tmp_path)
+    assert done.returncode == 2
+    for line in ("clarion.yaml:2: gateway.scp.port", "clarion.yaml:3: gateway.scu.ae_titel", "clarion.yaml:4: bus.kind"):
+        assert line in done.stderr
+
+
+def test_example_is_good(tmp_path: Path) -> None:
+    (tmp_path / "clarion.yaml").write_text(clarion("config", "example", cwd=tmp_path).stdout)
+    assert clarion("config", "check", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["up", "serve", "demo", "status", "doctor", "version", "study list", "study show", "config check", "config example"])
+def test_every_command_has_help(command: str, tmp_path: Path) -> None:
+    done = clarion(*command.split(), "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    if command not in {"up", "serve"}:
+        assert "--json" in done.stdout
+
+
+def test_doctor_finds_a_taken_port_and_an_absent_peer(tmp_path: Path) -> None:
+    config = describe(tmp_path, destinations=[{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": free_port()}])
+    port = check_config(config).config.gateway.scp.port
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        done = clarion("doctor", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "FAIL gateway.scp.port" in done.stdout
+    assert "FAIL destination pacs" in done.stdout
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys; sys.argv = ['clarion', '--help']\ntry:\n import console.main; console.main.main()\nexcept SystemExit: pass\n" \
+        "heavy = {'pydicom', 'pynetdicom', 'highdicom', 'fastapi', 'sqlalchemy', 'numpy', 'pydantic'} & set(sys.modules)\n" \
+        "sys.exit(str(heavy) if heavy else 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

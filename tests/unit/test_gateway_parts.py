@@ -1,0 +1,161 @@
+"""The gateway's parts without a socket: access list, watermark, intake's answers."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clarion.adapters.memory import MemoryStore
+from clarion.config import GatewayConfig, IntakeConfig
+from clarion.errors import StoreUnavailableError
+from clarion.elements import EXPLICIT_LE
+from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, AccessList, matches
+from gateway.intake import Answer, Arrival, Intake
+from gateway.space import Space
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+
+
+class ListJournal:
+    """Stands for the journal: what would be synced, in order, or the error to raise."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, dict[str, Any]]] = []
+        self.broken = False
+
+    def append(self, kind: str, fields: dict[str, Any]) -> None:
+        if self.broken:
+            raise StoreUnavailableError("no")
+        self.records.append((kind, fields))
+
+
+def element(group: int, number: int, vr: str, value: bytes) -> bytes:
+    value += b"\0" * (len(value) % 2)
+    return struct.pack("<HH2sH", group, number, vr.encode(), len(value)) + value
+
+
+def data_set(**changed: bytes | None) -> bytes:
+    values: dict[str, bytes | None] = {"sop_class": CT.encode(), "sop": b"1.2.3", "study": b"1.2", "series": b"1.2.1", **changed}
+    tags = {"sop_class": (8, 0x16), "sop": (8, 0x18), "study": (0x20, 0xD), "series": (0x20, 0xE)}
+    return b"".join(element(*tags[name], "UI", value) for name, value in values.items() if value is not None)
+
+
+@pytest.fixture
+def journal() -> ListJournal:
+    return ListJournal()
+
+
+def intake(journal: ListJournal, free: int = 10**12, ignored: dict[str, frozenset[str]] | None = None) -> Intake:
+    space = Space(Path("/"), IntakeConfig(), measure=lambda _: (free, 10**12))
+    return Intake(
+        store=MemoryStore(), journal=journal, space=space, ignored_classes=ignored or {}, wake=lambda: None  # type: ignore[arg-type]
+    )
+
+
+def receive(one: Intake, data: bytes, **changed: str) -> Answer:
+    values = {
+        "sop_class_uid": CT, "sop_instance_uid": "1.2.3", "transfer_syntax_uid": EXPLICIT_LE, "calling_ae": "A",
+        "called_ae": "B", "association": "x", **changed,
+    }  # fmt: skip
+    return one.receive(Arrival(data=data, **values))
+
+
+def test_stored(journal: ListJournal) -> None:
+    data = data_set()
+    assert receive(intake(journal), data).status == 0x0000
+    kind, fields = journal.records[0]
+    assert (kind, fields["object"]["digest"]) == ("stored", hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "reason"),
+    [
+        (b"", 0xC000, "empty-data-set"),
+        (data_set(study=None), 0xC000, "missing-study-uid"),
+        (data_set(series=b""), 0xC000, "missing-series-uid"),
+        (data_set(sop=None), 0xC000, "missing-sop-instance-uid"),
+        (data_set(study=b"../../etc"), 0xC000, "invalid-study-uid"),
+        (data_set(sop=b"9.9"), 0xA900, "sop-instance-mismatch"),
+        (data_set(sop_class=b"1.2.840.10008.5.1.4.1.1.4"), 0xA900, "sop-class-mismatch"),
+        (data_set()[:-2], 0xC000, "truncated"),
+        (b"not DICOM at all, but long enough to look at", 0xC000, "malformed"),
+    ],
+)
+def test_refused_and_quarantined(data: bytes, status: int, reason: str, journal: ListJournal) -> None:
+    answer = receive(intake(journal), data)
+    assert (answer.status, answer.comment) == (status, reason)
+    kind, fields = journal.records[0]
+    assert (kind, fields["reason"]) == ("quarantined", reason)
+    assert (fields["object"] is None) == (data == b"")
+
+
+def test_low_disk_is_transient_and_keeps_nothing(journal: ListJournal) -> None:
+    assert receive(intake(journal, free=10**9), data_set()).status == 0xA700
+    assert journal.records == []
+
+
+def test_journal_failure_is_never_a_success(journal: ListJournal) -> None:
+    """Bites: catch the error around the append alone and the answer becomes 0x0000."""
+    journal.broken = True
+    assert receive(intake(journal), data_set()).status == 0xA700
+
+
+def test_unforeseen_failure_has_a_log_id(journal: ListJournal) -> None:
+    journal.append = None  # type: ignore[assignment,method-assign]
+    answer = receive(intake(journal), data_set())
+    assert answer.status == 0x0110
+    assert "log id" in answer.comment
+
+
+def test_ignored_class_is_success_without_bytes(journal: ListJournal) -> None:
+    answer = receive(intake(journal, ignored={"B": frozenset((CT,))}), data_set())
+    assert answer.status == 0x0000
+    assert journal.records[0][0] == "ignored"
+    assert "object" not in journal.records[0][1]
+
+
+def test_reserve_counts_what_is_being_received() -> None:
+    space = Space(Path("/"), IntakeConfig(watermark_percent=100, reserve_gb=0), measure=lambda _: (100, 1000))
+    with space.holding(60) as first, space.holding(60) as second:
+        assert (first, second) == (True, False)
+    with space.holding(60) as again:
+        assert again
+
+
+CONFIG = GatewayConfig.model_validate(
+    {
+        "ae_titles": [{"ae_title": "CHEST", "settings": {}}],
+        "sources": [{"ae_title": "CT1", "host": "10.1.0.0/16, 127.0.0.1"}],
+        "destinations": [{"name": "p", "ae_title": "PACS", "host": "127.0.0.2", "port": 104}],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("calling", "called", "address", "expected"),
+    [
+        ("CT1", "CHEST", "10.1.2.3", None),
+        ("CT1", "CHEST", "::ffff:10.1.2.3", None),
+        ("CT1", "CHEST", "10.2.2.3", CALLING_UNKNOWN),
+        ("ct1", "CHEST", "127.0.0.1", CALLING_UNKNOWN),
+        ("CT1", "chest", "127.0.0.1", CALLED_UNKNOWN),
+        ("PACS", "CLARION", "127.0.0.2", None),
+        ("PACS", "OTHER", "127.0.0.2", CALLED_UNKNOWN),
+        ("PACS", "CLARION", "127.0.0.1", CALLING_UNKNOWN),
+    ],
+)
+def test_access_list(calling: str, called: str, address: str, expected: object) -> None:
+    assert AccessList(CONFIG).check(calling, called, address) == expected
+
+
+def test_destination_is_no_source() -> None:
+    assert not AccessList(CONFIG).is_source("PACS", "127.0.0.2")
+
+
+def test_host_names_match_their_addresses() -> None:
+    assert matches("localhost", "127.0.0.1")
+    assert not matches("no-such-host.invalid", "127.0.0.1")
