@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+from support.world import pause
+
 from clarion.model import OperatorWork, WorkState
 from clarion.plugins import Executor
 from clarion.testing.executor import InlineExecutor
 from orchestrator.executors.local import LocalExecutor
-from support.world import pause
 
 
 def work(folder: Path, code: str, *, timeout_s: float = 20, work_id: str = "job/1/op") -> OperatorWork:

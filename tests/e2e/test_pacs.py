@@ -9,9 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from support.data import real
-from support.dcmtk import ENVIRONMENT, need, storescu, tool
+from support.dcmtk import ENVIRONMENT, need, run, storescu, tool
 from support.processes import ORTHANC, start_orthanc, wait_for_port
 from support.system import System, describe, running
 from support.world import free_port, make_series
@@ -36,7 +35,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, int
             {"name": "plain", "ae_title": "PLAIN", "host": "127.0.0.1", "port": plain},
         ]
         titles = [{"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct"}}]
-        with running(describe(root / "clarion", destinations=destinations, ae_titles=titles, scp={"port": scp})) as system:
+        with running(
+            describe(root / "clarion", destinations=destinations, ae_titles=titles, scp={"port": scp})
+        ) as system:
             yield system, http, received
     finally:
         orthanc.kill()
@@ -119,10 +120,8 @@ def test_real_series_that_the_pipeline_refuses(
     copy = tmp_path / folder
     shutil.copytree(real(folder), copy)
     before = set(system.studies())
-    done = subprocess.run(
-        [tool("dcmsend"), "-aet", "SENDER", "-aec", "CHEST", "+sd", "+r", "-dn", "127.0.0.1", str(system.scp), str(copy)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    here = ("127.0.0.1", str(system.scp), str(copy))
+    done = run("dcmsend", "-aet", "SENDER", "-aec", "CHEST", "+sd", "+r", "-dn", *here, timeout=120)
     assert done.returncode == 0, done.stderr
     system.wait_for(lambda: len(set(system.studies()) - before) == 1, "the study")
     view = system.wait_for_state((set(system.studies()) - before).pop(), state)

@@ -6,28 +6,20 @@ import random
 from pathlib import Path
 
 import pytest
+from support.world import Case, make_series
 
 # Imported before the first fork, so that no case pays for it.
-import operators.chest_ct
-import operators.dicom_reader
-import operators.measurements
 import writers.gate
 import writers.overview
 import writers.rtstruct
 import writers.seg
 import writers.sr  # noqa: F401
 from clarion.crashpoints import EFFECTS
-from support.world import Case, make_series
 
 SEEDS = (1, 2, 3)
 # Passed only when something fails; they have cases of their own below.
 ONLY_ON_FAILURE = {"ledger.fail", "bus.deadletter"}
-POINTS = [
-    f"{side}:{name}"
-    for name in EFFECTS
-    if name not in ONLY_ON_FAILURE
-    for side in ("before", "after")
-]
+POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from support.dcmtk import storescu
+from support.processes import start_pacs
+from support.world import free_port, make_series, pause, uid_of, write_config
 
 from clarion.adapters.database import Database
 from clarion.adapters.embedded import dead_letters
@@ -25,9 +28,6 @@ from console.stages import STAGES
 from console.supervisor import Supervisor
 from gateway import tables
 from streams.queries import read_story, state_of
-from support.dcmtk import storescu
-from support.processes import start_pacs
-from support.world import free_port, make_series, pause, uid_of, write_config
 
 KILLS = 12
 STUDIES = 4
@@ -117,7 +117,7 @@ def test_no_operator_outlives_a_killed_engine(tmp_path: Path) -> None:
         "import subprocess, sys, os\n"
         "child = subprocess.Popen([sys.executable, '-c', "
         "'import os, threading; from clarion.processes import end_with_parent; "
-        "end_with_parent(os.environ[\"PARENT\"]); print(os.getpid(), flush=True); threading.Event().wait(60)'],"
+        'end_with_parent(os.environ["PARENT"]); print(os.getpid(), flush=True); threading.Event().wait(60)\'],'
         " env={**os.environ, 'PARENT': str(os.getpid())}, start_new_session=True, stdout=sys.stdout)\n"
         "child.wait()\n"
     )
@@ -130,4 +130,3 @@ def test_no_operator_outlives_a_killed_engine(tmp_path: Path) -> None:
         assert time.monotonic() < end, "the operator outlived its engine"
         pause(0.02)
     engine.wait()
-

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from clarion.errors import ConfigError, ResourceBusyError
-from console.checks import check_config
-from console.supervisor import Supervisor
 from support.dcmtk import run, storescu
 from support.processes import start_pacs
 from support.system import describe, running
 from support.world import free_port, make_series, uid_of
+
+from clarion.errors import ConfigError, ResourceBusyError
+from console.checks import check_config
+from console.supervisor import Supervisor
 
 CLARION = str(Path(sys.executable).parent / "clarion")
 
@@ -27,7 +27,17 @@ def clarion(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_disk_below_reserve_is_a_transient_refusal(tmp_path: Path) -> None:
     config = describe(tmp_path, intake={"reserve_gb": 1e6})
     with running(config) as system:
-        done = run("storescu", "-v", "-aet", "SENDER", "-aec", "CHEST", "127.0.0.1", str(system.scp), str(make_series(tmp_path / "s")[0]))
+        done = run(
+            "storescu",
+            "-v",
+            "-aet",
+            "SENDER",
+            "-aec",
+            "CHEST",
+            "127.0.0.1",
+            str(system.scp),
+            str(make_series(tmp_path / "s")[0]),
+        )
         assert "Rejected Transient" in done.stdout + done.stderr
         # Verification is not refused: the peer is there, only full.
         assert run("echoscu", "-aet", "SENDER", "-aec", "CHEST", "127.0.0.1", str(system.scp)).returncode == 0
@@ -129,7 +139,11 @@ def test_all_faults_at_once_and_exit_status(tmp_path: Path) -> None:
     (tmp_path / "clarion.yaml").write_text("gateway:\n  scp: {port: 0}\n  scu: {ae_titel: X}\nbus: {kind: pigeon}\n")
     done = clarion("config", "check", cwd=tmp_path)
     assert done.returncode == 2
-    for line in ("clarion.yaml:2: gateway.scp.port", "clarion.yaml:3: gateway.scu.ae_titel", "clarion.yaml:4: bus.kind"):
+    for line in (
+        "clarion.yaml:2: gateway.scp.port",
+        "clarion.yaml:3: gateway.scu.ae_titel",
+        "clarion.yaml:4: bus.kind",
+    ):
         assert line in done.stderr
 
 
@@ -138,7 +152,21 @@ def test_example_is_good(tmp_path: Path) -> None:
     assert clarion("config", "check", cwd=tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["up", "serve", "demo", "status", "doctor", "version", "study list", "study show", "config check", "config example"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "up",
+        "serve",
+        "demo",
+        "status",
+        "doctor",
+        "version",
+        "study list",
+        "study show",
+        "config check",
+        "config example",
+    ],
+)
 def test_every_command_has_help(command: str, tmp_path: Path) -> None:
     done = clarion(*command.split(), "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -147,7 +175,9 @@ def test_every_command_has_help(command: str, tmp_path: Path) -> None:
 
 
 def test_doctor_finds_a_taken_port_and_an_absent_peer(tmp_path: Path) -> None:
-    config = describe(tmp_path, destinations=[{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": free_port()}])
+    config = describe(
+        tmp_path, destinations=[{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": free_port()}]
+    )
     port = check_config(config).config.gateway.scp.port
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
@@ -159,8 +189,18 @@ def test_doctor_finds_a_taken_port_and_an_absent_peer(tmp_path: Path) -> None:
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys; sys.argv = ['clarion', '--help']\ntry:\n import console.main; console.main.main()\nexcept SystemExit: pass\n" \
-        "heavy = {'pydicom', 'pynetdicom', 'highdicom', 'fastapi', 'sqlalchemy', 'numpy', 'pydantic'} & set(sys.modules)\n" \
-        "sys.exit(str(heavy) if heavy else 0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    code = """
+import sys
+sys.argv = ["clarion", "--help"]
+try:
+    import console.main
+    console.main.main()
+except SystemExit:
+    pass
+heavy = {"pydicom", "pynetdicom", "highdicom", "fastapi", "sqlalchemy", "numpy", "pydantic"} & set(sys.modules)
+sys.exit(str(heavy) if heavy else 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr

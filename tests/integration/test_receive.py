@@ -13,22 +13,26 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from pydicom import dcmread
+from support.data import real
+from support.dcmtk import ENVIRONMENT, run, storescu, tool
+from support.system import System, describe, running
+from support.world import make_series, uid_of
 
 from clarion.dicom import split_part10
 from clarion.errors import InvalidInstanceError
 from clarion.model import ObjectRef
 from gateway import tables
-from support.data import real
-from support.dcmtk import ENVIRONMENT, run, storescu, tool
-from support.system import System, describe, running
-from support.world import make_series, uid_of
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     titles = [
         {"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct", "timeout": 600}},
-        {"ae_title": "IGNORING", "settings": {"pipeline-chest": "chest-ct"}, "ignored_sop_classes": ["1.2.840.10008.5.1.4.1.1.2"]},
+        {
+            "ae_title": "IGNORING",
+            "settings": {"pipeline-chest": "chest-ct"},
+            "ignored_sop_classes": ["1.2.840.10008.5.1.4.1.1.2"],
+        },
     ]
     with running(describe(tmp_path_factory.mktemp("receive"), ae_titles=titles, scp=_scp())) as system:
         yield system
@@ -208,7 +212,9 @@ def _send_as_it_is(path: Path, port: int) -> set[tuple[str, str]]:
         with Requestor(
             peer, own_ae="SENDER", classes=[(header.sop_class_uid, syntax)], timeouts=Timeouts(connect_s=5, dimse_s=20)
         ) as scu:
-            status = scu.store(data, sop_class=header.sop_class_uid, sop_instance=header.sop_instance_uid, syntax=syntax)
+            status = scu.store(
+                data, sop_class=header.sop_class_uid, sop_instance=header.sop_instance_uid, syntax=syntax
+            )
     except (ClarionError, ValueError):
         return set()
     assert status in {0x0000, 0xC000, 0xA900}, f"{path.name}: 0x{status:04X}"
@@ -227,7 +233,14 @@ def test_no_patient_data_in_the_log(system: System, tmp_path: Path) -> None:
     """F38, small: a canary in every text a C-STORE can carry, in failures too."""
     series = make_series(tmp_path / "series")
     ds = dcmread(series[0])
-    for keyword in ("PatientName", "PatientID", "PatientBirthDate", "StudyDescription", "AccessionNumber", "OtherPatientNames"):
+    for keyword in (
+        "PatientName",
+        "PatientID",
+        "PatientBirthDate",
+        "StudyDescription",
+        "AccessionNumber",
+        "OtherPatientNames",
+    ):
         setattr(ds, keyword, "19991231" if keyword.endswith("Date") else "CANARY")
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4.5.6"
     good = tmp_path / "canary.dcm"
@@ -237,7 +250,10 @@ def test_no_patient_data_in_the_log(system: System, tmp_path: Path) -> None:
     ds.save_as(bad)
     assert len(storescu([good], system.scp)) == 1
     storescu([bad], system.scp)
-    system.wait_for(lambda: ("1.2.3.4.5.6", hashlib.sha256(split_part10(good.read_bytes())[0]).hexdigest()) in identities(system), "kept")
+    system.wait_for(
+        lambda: ("1.2.3.4.5.6", hashlib.sha256(split_part10(good.read_bytes())[0]).hexdigest()) in identities(system),
+        "kept",
+    )
     assert not re.search("CANARY|19991231", system.log())
     with system.database.reading() as connection:
         from clarion.adapters.embedded import events_table

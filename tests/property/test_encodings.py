@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
 from scipy import ndimage
+from support.world import TINY, make_series
 
 from clarion import events
 from clarion.adapters.memory import ManualClock
@@ -26,7 +27,6 @@ from clarion.elements import EXPLICIT_LE
 from clarion.errors import InvalidEventError, InvalidInstanceError, UnreadableSeriesError
 from clarion.model import Manifest, ManifestEntry, ObjectRef, Trigger, digest_of_identities, is_uid
 from gateway import journal
-from support.world import TINY, make_series
 from writers.contours import contains, trace
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,9 +50,7 @@ def strategy_of(kind: Any) -> st.SearchStrategy[Any]:
 def some_event() -> st.SearchStrategy[events.Event]:
     return st.one_of(
         *(
-            st.builds(
-                kind, **{one.name: strategy_of(typing.get_type_hints(kind)[one.name]) for one in fields(kind)}
-            )
+            st.builds(kind, **{one.name: strategy_of(typing.get_type_hints(kind)[one.name]) for one in fields(kind)})
             for kind in events.ALL
         )
     )
@@ -137,7 +135,10 @@ def dcmread_keywords(data: bytes, syntax: str) -> Dataset:
     return dcmread(io.BytesIO(file), force=True)
 
 
-@given(st.binary(max_size=400), st.sampled_from(["1.2.840.10008.1.2", EXPLICIT_LE, "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"]))
+@given(
+    st.binary(max_size=400),
+    st.sampled_from(["1.2.840.10008.1.2", EXPLICIT_LE, "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"]),
+)
 def test_any_bytes_give_a_header_or_a_named_fault(data: bytes, syntax: str) -> None:
     header = read_header(data, syntax)
     assert header.fault is None or header.fault.reason in {"malformed", "truncated", "too-large"}
@@ -249,7 +250,9 @@ def test_what_cannot_be_placed_is_refused_by_name(change: Any, reason: str) -> N
 
 # Contours -------------------------------------------------------------------------------------------------------
 
-MASKS = st.tuples(st.integers(1, 14), st.integers(1, 14), st.floats(0.05, 0.95), st.integers(0, 2**32 - 1), st.booleans())
+MASKS = st.tuples(
+    st.integers(1, 14), st.integers(1, 14), st.floats(0.05, 0.95), st.integers(0, 2**32 - 1), st.booleans()
+)
 
 
 def make_mask(rows: int, columns: int, share: float, seed: int, *, smooth: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:

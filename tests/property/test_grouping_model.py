@@ -141,7 +141,9 @@ def data_set(one: Arrival) -> bytes:
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(ARRIVALS, st.booleans())
 def test_same_groups_as_the_model(
-    tmp_path_factory: pytest.TempPathFactory, arrivals: list[Arrival], late: bool  # noqa: FBT001
+    tmp_path_factory: pytest.TempPathFactory,
+    arrivals: list[Arrival],
+    late: bool,  # noqa: FBT001
 ) -> None:
     """`late`: the owner is down while everything arrives and reads the journal afterwards; nothing may differ.
 

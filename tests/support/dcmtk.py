@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.world import uid_of
 
 from clarion.dicom import split_part10
-from support.world import uid_of
 
 BIN = Path("/usr/bin")
 # Without it DCMTK 3.6.7 waits 40 ms for each acknowledgement.

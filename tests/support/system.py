@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support.world import free_port, pause
 
 from clarion.adapters.database import Database
 from clarion.adapters.files import FileStore
@@ -17,7 +18,6 @@ from console.checks import Checked, check_config
 from console.studies import StudyView, read_study
 from console.supervisor import Supervisor
 from gateway.queries import list_studies
-from support.world import free_port, pause
 
 
 @dataclass

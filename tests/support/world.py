@@ -215,7 +215,10 @@ class Case:
         """I1 to I6: nothing lost, no event without instance, results once, order dense, nothing stuck."""
         acknowledged = {tuple(line.split()) for line in (self.root / "acknowledged.txt").read_text().splitlines()}
         assert len(acknowledged) == len(self.files), "the sender did not finish"
-        database, store = Database(f"sqlite:///{self.root / 'data' / 'clarion.db'}"), FileStore(self.root / "data/objects")
+        database, store = (
+            Database(f"sqlite:///{self.root / 'data' / 'clarion.db'}"),
+            FileStore(self.root / "data/objects"),
+        )
         with database.reading() as connection:
             self._judge_instances(connection, store, acknowledged)
             self._judge_events(connection)

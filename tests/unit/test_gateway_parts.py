@@ -11,8 +11,8 @@ import pytest
 
 from clarion.adapters.memory import MemoryStore
 from clarion.config import GatewayConfig, IntakeConfig
-from clarion.errors import StoreUnavailableError
 from clarion.elements import EXPLICIT_LE
+from clarion.errors import StoreUnavailableError
 from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, AccessList, matches
 from gateway.intake import Answer, Arrival, Intake
 from gateway.space import Space
@@ -39,7 +39,13 @@ def element(group: int, number: int, vr: str, value: bytes) -> bytes:
 
 
 def data_set(**changed: bytes | None) -> bytes:
-    values: dict[str, bytes | None] = {"sop_class": CT.encode(), "sop": b"1.2.3", "study": b"1.2", "series": b"1.2.1", **changed}
+    values: dict[str, bytes | None] = {
+        "sop_class": CT.encode(),
+        "sop": b"1.2.3",
+        "study": b"1.2",
+        "series": b"1.2.1",
+        **changed,
+    }
     tags = {"sop_class": (8, 0x16), "sop": (8, 0x18), "study": (0x20, 0xD), "series": (0x20, 0xE)}
     return b"".join(element(*tags[name], "UI", value) for name, value in values.items() if value is not None)
 
@@ -52,7 +58,11 @@ def journal() -> ListJournal:
 def intake(journal: ListJournal, free: int = 10**12, ignored: dict[str, frozenset[str]] | None = None) -> Intake:
     space = Space(Path("/"), IntakeConfig(), measure=lambda _: (free, 10**12))
     return Intake(
-        store=MemoryStore(), journal=journal, space=space, ignored_classes=ignored or {}, wake=lambda: None  # type: ignore[arg-type]
+        store=MemoryStore(),
+        journal=journal,
+        space=space,
+        ignored_classes=ignored or {},
+        wake=lambda: None,  # type: ignore[arg-type]
     )
 
 

@@ -123,7 +123,12 @@ def test_rule_closes_at_its_deadline_though_instances_keep_coming() -> None:
 def test_rule_settings() -> None:
     assert ByTag.Config.model_validate({"pipeline-a": "x", "timeout": "1"}).timeout == 5
     assert ByTag.Config.model_validate({"PIPELINE-a": "x", "priority": "HIGHER"}).priority == "higher"
-    for wrong in ({"pipeline-a": "x", "timeout": -1}, {}, {"pipeline-a": "x", "grupBy": "1"}, {"pipeline-a": "x", "groupBy": "no"}):
+    for wrong in (
+        {"pipeline-a": "x", "timeout": -1},
+        {},
+        {"pipeline-a": "x", "grupBy": "1"},
+        {"pipeline-a": "x", "groupBy": "no"},
+    ):
         with pytest.raises(ValidationError):
             ByTag.Config.model_validate(wrong)
 
@@ -145,7 +150,15 @@ def test_statuses(status: int, outcome: str) -> None:
 
 
 def test_backoff_doubles_and_is_bounded() -> None:
-    assert [backoff(n, 180, 3600).total_seconds() for n in (1, 2, 3, 4, 5, 6, 50)] == [180, 360, 720, 1440, 2880, 3600, 3600]
+    assert [backoff(n, 180, 3600).total_seconds() for n in (1, 2, 3, 4, 5, 6, 50)] == [
+        180,
+        360,
+        720,
+        1440,
+        2880,
+        3600,
+        3600,
+    ]
 
 
 def closed(*triggers: Trigger) -> GroupClosed:
@@ -175,7 +188,14 @@ def test_match_refuses_all_when_one_pipeline_is_unknown() -> None:
 
 def test_route_gives_each_destination_its_own_delivery() -> None:
     event = ResultRegistered(
-        subject="j", sequence=3, time=NOW, source="o", result_set=REF, set_digest="d", instances=4, destinations=("a", "b")
+        subject="j",
+        sequence=3,
+        time=NOW,
+        source="o",
+        result_set=REF,
+        set_digest="d",
+        instances=4,
+        destinations=("a", "b"),
     )
     requested = list(Route().handle(event))
     assert len({one.subject for one in requested}) == 2
