@@ -30,6 +30,7 @@ from clarion.testing.phantom import PhantomSpec  # noqa: E402
 
 
 def timed(files: list[Path], port: int) -> float:
+    """Send the files and give the seconds that it took; a refusal is not a result."""
     begun = time.perf_counter()
     acknowledged = storescu(files, port)
     seconds = time.perf_counter() - begun
@@ -39,6 +40,7 @@ def timed(files: list[Path], port: int) -> float:
 
 
 def main() -> None:
+    """Print the ratio of every round, and their median as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slices", type=int, default=40)
