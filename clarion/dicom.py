@@ -152,21 +152,28 @@ def _meta_element(number: int, vr: bytes, text: str) -> bytes:
 
 def split_part10(data: bytes) -> tuple[bytes, str]:
     """Cut preamble and file meta information off a Part 10 file; give the data set and its transfer syntax."""
+    meta, end = read_file_meta(data)
+    syntax = meta.get(0x00020010, "")
+    if not syntax:
+        raise InvalidInstanceError("malformed", "the file meta information names no transfer syntax")
+    return data[end:], syntax
+
+
+def read_file_meta(data: bytes) -> tuple[dict[int, str], int]:
+    """Read the file meta information (PS3.10 7.1): Latin-1 text by tag, and the position of the data set."""
     if data[128:132] != b"DICM":
         raise InvalidInstanceError("not-dicom", "the file has no DICM at byte 128")
-    position, syntax = 132, ""
+    position, meta = 132, {}
     while data[position : position + 2] == b"\x02\x00":
         long = data[position + 4 : position + 6] in {b"OB", b"UN", b"OW", b"SQ", b"UT"}
         head = 12 if long else 8
         if position + head > len(data):
             raise InvalidInstanceError("truncated", "the file meta information is cut")
         length = struct.unpack_from("<I" if long else "<H", data, position + head - (4 if long else 2))[0]
-        if data[position + 2 : position + 4] == b"\x10\x00":
-            syntax = data[position + head : position + head + length].decode("latin-1").strip(" \0")
+        tag = 0x00020000 | int(struct.unpack_from("<H", data, position + 2)[0])
+        meta[tag] = data[position + head : position + head + length].decode("latin-1").strip(" \0")
         position += head + length
-    if not syntax:
-        raise InvalidInstanceError("malformed", "the file meta information names no transfer syntax")
-    return data[position:], syntax
+    return meta, position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,8 @@ DEFLATED_LE = "1.2.840.10008.1.2.1.99"
 EXPLICIT_BE = "1.2.840.10008.1.2.2"
 
 MAX_DEPTH = 32
-MAX_ELEMENTS = 100_000
+# An enhanced image of 2,000 frames with open sequences has about 100,000; a second of walking is the limit.
+MAX_ELEMENTS = 500_000
 # Deflate reaches 1,000:1; real data sets stay far below 100:1, and small ones are allowed any ratio.
 MAX_INFLATE_RATIO = 100
 INFLATE_FREE_BYTES = 64 * 2**20

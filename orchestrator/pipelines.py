@@ -161,8 +161,12 @@ class _Reader:
         try:
             document = _Document.model_validate(value)
         except ValidationError as error:
-            for one in error.errors():
-                self._model_fault(one["type"], tuple(one["loc"]), one["msg"])
+            places = [tuple(one["loc"]) for one in error.errors()]
+            for one, keys in zip(error.errors(), places, strict=True):
+                # A list whose items are at fault counts as too short; the items' own faults say what is wrong.
+                inner = any(len(other) > len(keys) and other[: len(keys)] == keys for other in places)
+                if not (one["type"] == "too_short" and inner):
+                    self._model_fault(one["type"], keys, one["msg"])
             self.check()
             raise
         operators = [self._operator(index, one) for index, one in enumerate(document.operators)]

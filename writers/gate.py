@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from clarion.dicom import read_headers, split_part10
+from clarion.dicom import read_file_meta, read_headers
 from clarion.elements import Walker
 from clarion.errors import InvalidInstanceError
 from clarion.labels import load_labels
@@ -37,6 +37,7 @@ _EQUAL_TO_SOURCE = (
     ("StudyDate", 0x00080020),
     ("AccessionNumber", 0x00080050),
 )
+_MEDIA_CLASS, _MEDIA_UID = 0x00020002, 0x00020003
 _FRAME_OF_REFERENCE = 0x00200052
 _SERIES_UID, _SOP_INSTANCE, _SOP_CLASS, _MODALITY = 0x0020000E, 0x00080018, 0x00080016, 0x00080060
 # Type 1 for every IOD we write: SOP Common, General Study, General Series, Enhanced Equipment.
@@ -91,8 +92,9 @@ def check_results(results: list[tuple[str, Path]], source: list[Dataset], labels
     views: list[View] = []
     for output, path in results:
         try:
-            data, syntax = split_part10(path.read_bytes())
-            views.append(View(output, data, syntax))
+            data = path.read_bytes()
+            meta, begin = read_file_meta(data)
+            views.append(View(output, data[begin:], meta))
         except InvalidInstanceError as error:
             findings.append(Finding(rule="G01", output=output, detail=str(error)))
     if not results:
@@ -101,9 +103,12 @@ def check_results(results: list[tuple[str, Path]], source: list[Dataset], labels
     known |= {view.text(_SOP_INSTANCE): view.text(_SOP_CLASS) for view in views}
     seen: set[str] = set()
     for view in views:
-        said = [*_common(view, source, known), *_unique(view, seen)]
-        for check in CHECKS.get(view.text(_MODALITY), ()):
-            said += check(view, source, labels)
+        try:
+            said = [*_common(view, source, known), *_unique(view, seen)]
+            for check in CHECKS.get(view.text(_MODALITY), ()):
+                said += check(view, source, labels)
+        except (InvalidInstanceError, ValueError, KeyError, IndexError) as error:
+            said = [("G01", f"a value cannot be read: {error!r}")]
         findings += [Finding(rule=rule, output=view.output, detail=detail) for rule, detail in said]
     return findings
 
@@ -117,9 +122,11 @@ def _common(view: View, source: list[Dataset], known: dict[str, str]) -> Iterato
         if tag not in view.top:
             yield "G02", f"type 2 attribute {tag:08X} is absent"
     yield from _same_as_source(view, source)
+    # An RTSTRUCT cites its study with the same attribute (PS3.3 C.8.8.5, RT Referenced Study Sequence).
+    studies = {str(ds.StudyInstanceUID) for ds in source}
     for item in view.everywhere(_REFERENCED_INSTANCE):
         uid = view.text_of(item)
-        if uid not in known and uid not in {str(ds.StudyInstanceUID) for ds in source}:
+        if uid not in known and uid not in studies:
             yield "G06", f"reference to {uid} resolves to nothing"
             break
     if any(tag >> 16 & 1 for tag in view.top):
@@ -129,6 +136,8 @@ def _common(view: View, source: list[Dataset], known: dict[str, str]) -> Iterato
 
 
 def _nesting(view: View) -> Iterator[tuple[str, str]]:
+    if (view.meta.get(_MEDIA_CLASS), view.meta.get(_MEDIA_UID)) != (view.text(_SOP_CLASS), view.text(_SOP_INSTANCE)):
+        yield "G01", "the file meta information names another instance or class"
     tags = [element.tag for element in Walker(view.data, view.syntax).elements()]
     if tags != sorted(set(tags)):
         yield "G01", "tags do not ascend"

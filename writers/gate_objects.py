@@ -56,24 +56,24 @@ def check_segmentation(view: View, source: list[Dataset], labels: Labels | None)
         return
     planes, said = _frames(view, items, source)
     yield from said
-    bits = np.unpackbits(np.frombuffer(pixels, dtype=np.uint8), bitorder="little")[: frames * rows * columns]
-    counts = bits.reshape(frames, -1).sum(axis=1, dtype=np.int64)
-    if not counts.all():
+    bits = np.unpackbits(np.frombuffer(pixels, dtype=np.uint8), count=frames * rows * columns, bitorder="little")
+    voxels = bits.reshape(frames, rows, columns)
+    if not voxels.any(axis=(1, 2)).all():
         yield "G08", "an empty frame"
     described = [int.from_bytes(view.data[one[_SEGMENT_NUMBER].start :][:2], "little") for one in view.items(_SEGMENTS)]
     if described != list(range(1, len(described) + 1)):
         yield "G09", f"segment numbers {described} are not 1 to n"
-    if labels is not None:
-        yield from _voxels(planes, counts, labels)
+    if labels is not None and len(planes) == frames:
+        yield from _voxels(planes, voxels, labels)
 
 
 def _frames(
     view: View, items: list[dict[int, Element]], source: list[Dataset]
-) -> tuple[list[int], list[tuple[str, str]]]:
-    """Read each frame's segment and compare its position with that of the slice it cites."""
+) -> tuple[list[tuple[int, str]], list[tuple[str, str]]]:
+    """Read each frame's segment and cited slice, and compare its position with that of the slice."""
     positions = {str(ds.SOPInstanceUID): [float(one) for one in ds.ImagePositionPatient] for ds in source
                  if "ImagePositionPatient" in ds}  # fmt: skip
-    planes: list[int] = []
+    planes: list[tuple[int, str]] = []
     said: list[tuple[str, str]] = []
     seen: set[tuple[int, str]] = set()
     for item in items:
@@ -91,20 +91,27 @@ def _frames(
         if (segment, uid) in seen:
             said.append(("G08", f"segment {segment} has two frames on {uid}"))
         seen.add((segment, uid))
-        planes.append(segment)
+        planes.append((segment, uid))
     return planes, said[:5]
 
 
-def _voxels(planes: list[int], counts: NDArray[np.int64], labels: Labels) -> Iterator[tuple[str, str]]:
-    expected = [
-        total
-        for segment in labels.segments
-        if (total := int(np.count_nonzero(labels.volume.array & (1 << (segment.number - 1)))))
-    ]
-    numbers = np.array(planes)
-    found = [int(counts[numbers == number].sum()) for number in range(1, len(expected) + 1)]
-    if found != expected:
-        yield "G10", f"voxels per segment {found}; the labels have {expected}"
+def _voxels(planes: list[tuple[int, str]], voxels: NDArray[np.uint8], labels: Labels) -> Iterator[tuple[str, str]]:
+    """Compare every frame `[row, column]` with the labels of its slice, and the totals, so that no frame is missing."""
+    written = [one for one in labels.segments if labels.mask(one).any()]
+    slices = {source.sop_instance_uid: index for index, source in enumerate(labels.volume.sources)}
+    found = dict.fromkeys(range(1, len(written) + 1), 0)
+    for (number, uid), frame in zip(planes, voxels, strict=True):
+        if number not in found or uid not in slices:
+            yield "G10", f"a frame of segment {number} on a slice that has no labels"
+            return
+        bit = 1 << (written[number - 1].number - 1)
+        if not np.array_equal(frame != 0, labels.volume.array[slices[uid]] & bit != 0):
+            yield "G10", f"segment {number} differs from the labels on {uid}"
+            return
+        found[number] += int(np.count_nonzero(frame))
+    expected = [int(np.count_nonzero(labels.mask(one))) for one in written]
+    if list(found.values()) != expected:
+        yield "G10", f"voxels per segment {list(found.values())}; the labels have {expected}"
 
 
 def check_structure_set(view: View, source: list[Dataset], _labels: Labels | None) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clarion.dicom import plain_encoding
-from clarion.elements import EXPLICIT_LE, Walker
+from clarion.elements import DEFLATED_LE, EXPLICIT_LE, Walker
+from clarion.errors import InvalidInstanceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 # Our own results have a few elements per contour and frame, and the gate walks them several times.
 _MAX_ELEMENTS = 50_000_000
-_DEFLATED = "1.2.840.10008.1.2.1.99"
+_TRANSFER_SYNTAX = 0x00020010
 _SAYING = (0x0008103E, 0x00700081, 0x30060006, 0x00082111, 0x0040A492, 0x00204000)
 # Sequences of the objects we write, needed only where implicit VR hides what is one.
 _SEQUENCES = frozenset(
@@ -24,12 +25,16 @@ _SEQUENCES = frozenset(
 
 
 class View:
-    """One result; raises InvalidInstanceError when its bytes do not nest to the last."""
+    """One result: its data set and its file meta information; raises InvalidInstanceError where bytes do not nest."""
 
-    def __init__(self, output: str, data: bytes, syntax: str) -> None:
+    def __init__(self, output: str, data: bytes, meta: dict[int, str]) -> None:
         self.output = output
+        self.meta = meta
+        syntax = meta.get(_TRANSFER_SYNTAX, "")
+        if not syntax:
+            raise InvalidInstanceError("malformed", "the file meta information names no transfer syntax")
         self.data = plain_encoding(data, syntax)
-        self.syntax = EXPLICIT_LE if syntax == _DEFLATED else syntax
+        self.syntax = EXPLICIT_LE if syntax == DEFLATED_LE else syntax
         self._walker = Walker(self.data, self.syntax, _MAX_ELEMENTS)
         self.top = {element.tag: element for element in self._walker.elements()}
 

@@ -75,7 +75,7 @@ class Pages:
         """Let in whoever may come; say so otherwise. Every answer carries the same safe headers."""
         given = request.query_params.get("token")
         if self._token is not None and given is not None and _same(given, self._token):
-            response: Response = RedirectResponse(request.url.path, status_code=303)
+            response: Response = RedirectResponse("/" + request.url.path.lstrip("/"), status_code=303)
             response.set_cookie(_COOKIE, self._token, httponly=True, samesite="strict", max_age=12 * 3600)
         elif request.url.path in _OPEN or self._may_enter(request):
             response = await proceed(request)

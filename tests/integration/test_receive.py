@@ -147,15 +147,12 @@ def test_missing_uids_are_refused_and_kept(
 
 
 def test_contradicting_sop_class_is_a900(system: System, series: list[Path]) -> None:
-    from pynetdicom import AE
-
     from clarion.model import Destination
     from gateway.scu import Requestor, Timeouts
 
     data, syntax = split_part10(series[0].read_bytes())
     mr = "1.2.840.10008.5.1.4.1.1.4"
     peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=system.scp)
-    assert AE
     with Requestor(peer, own_ae="SENDER", classes=[(mr, syntax)], timeouts=Timeouts(connect_s=5, dimse_s=10)) as scu:
         assert scu.store(data, sop_class=mr, sop_instance=uid_of(series[0]), syntax=syntax) == 0xA900
         assert scu.store(b"", sop_class=mr, sop_instance="1.2.3", syntax=syntax) == 0xC000

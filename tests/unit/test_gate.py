@@ -1,0 +1,280 @@
+"""The result gate: what the writers make passes; every mutant is blocked by the rule that is meant to see it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.uid import generate_uid
+from support.world import make_series
+
+from clarion.dicom import read_headers
+from clarion.labels import Algorithm, Labels
+from clarion.testing.phantom import PhantomSpec
+from clarion.volume import Volume
+from operators.chest_ct import SEGMENTS
+from operators.dicom_reader import read_series
+from writers.gate import check_results
+from writers.identity import JobIdentity, SourceSeries, save
+from writers.overview import draw, write_overview
+from writers.rtstruct import write_structure_set
+from writers.seg import write_segmentation
+from writers.sr import write_measurement_report
+
+Mutation = Callable[[Dataset], None]
+
+
+@dataclass
+class Made:
+    source: list[Dataset]
+    labels: Labels
+    objects: dict[str, Dataset]
+    folder: Path
+
+    def findings(self, **changed: Dataset) -> list[str]:
+        """Write the set with some objects replaced and give the rules that it breaks."""
+        results = []
+        for name, ds in (self.objects | changed).items():
+            syntax = str(ds.file_meta.TransferSyntaxUID)
+            results.append((name, save(ds, self.folder, name, syntax)))
+        return [f"{one.rule} {one.output}" for one in check_results(results, self.source, self.labels)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("gate")
+    make_series(root / "series", PhantomSpec(slices=6, size=48, length_mm=120, seed=9))
+    slices = read_headers(root / "series")
+    source = [ds for _, ds in slices]
+    volume = read_series(slices)
+    array = np.zeros(volume.array.shape, dtype=np.uint8)
+    array[:, 4:44, 4:44] |= 1
+    array[1:5, 10:30, 8:20] |= 2
+    array[2:4, 15:20, 10:15] &= ~np.uint8(2)
+    array[1:5, 10:30, 28:40] |= 4
+    labels = Labels(
+        volume=Volume(
+            array=array, geometry=volume.geometry, unit="segments", series_uid=volume.series_uid, sources=volume.sources
+        ),
+        segments=SEGMENTS,
+        algorithm=Algorithm(name="Test", version="1", manufacturer="Clarion"),
+    )
+    job = JobIdentity(
+        job_id="j1", requested=datetime(2026, 11, 24, tzinfo=UTC), pipeline="chest-ct", pipeline_version="0" * 12
+    )
+    by_uid = {str(ds.SOPInstanceUID): ds for ds in source}
+    series = SourceSeries(tuple(by_uid[one.sop_instance_uid] for one in volume.sources))
+    measured = [
+        {"segment": one.number, "voxels": 1, "volume_ml": 1.0, "mean": -700.0, "unit": "HU"} for one in SEGMENTS
+    ]
+    seg = write_segmentation(labels, series, job)
+    objects = {
+        "seg": seg,
+        "rtstruct": write_structure_set(labels, series, job),
+        "sr": write_measurement_report(labels, measured, seg=seg, source=series, job=job),
+        "overview": write_overview(draw(volume, labels), series, job, labels),
+    }
+    written = {
+        name: dcmread(save(ds, root, name, "1.2.840.10008.1.2" if name == "rtstruct" else "1.2.840.10008.1.2.1"))
+        for name, ds in objects.items()
+    }
+    return Made(source, labels, written, root)
+
+
+def test_what_the_writers_make_passes(made: Made) -> None:
+    assert made.findings() == []
+
+
+def test_a_set_without_results_is_blocked(made: Made) -> None:
+    assert [one.rule for one in check_results([], made.source, made.labels)] == ["G08"]
+
+
+def _set(keyword: str, value: object) -> Mutation:
+    return lambda ds: setattr(ds, keyword, value)
+
+
+def _drop(keyword: str) -> Mutation:
+    return lambda ds: delattr(ds, keyword)
+
+
+def _private(ds: Dataset) -> None:
+    ds.private_block(0x0009, "ACME", create=True).add_new(1, "LO", "x")
+
+
+# Every result of every kind must be stopped by these.
+COMMON: dict[str, tuple[str, Mutation]] = {
+    "other study": ("G04", _set("StudyInstanceUID", "1.2.3")),
+    "other patient": ("G04", _set("PatientID", "SOMEBODY")),
+    "other name": ("G04", _set("PatientName", "Some^Body")),
+    "other birth date": ("G04", _set("PatientBirthDate", "19010101")),
+    "other accession": ("G04", _set("AccessionNumber", "X1")),
+    "no series": ("G02", _drop("SeriesInstanceUID")),
+    "empty manufacturer": ("G02", _set("Manufacturer", "")),
+    "no patient name": ("G02", _drop("PatientName")),
+    "no serial number": ("G02", _drop("DeviceSerialNumber")),
+    "private element": ("G16", _private),
+    "random UID": ("G05", lambda ds: setattr(ds, "SOPInstanceUID", generate_uid())),
+}
+
+
+@pytest.mark.parametrize("name", ["seg", "rtstruct", "sr", "overview"])
+@pytest.mark.parametrize("mutant", COMMON)
+def test_common_mutants_are_blocked(made: Made, name: str, mutant: str) -> None:
+    rule, mutate = COMMON[mutant]
+    ds = copy.deepcopy(made.objects[name])
+    mutate(ds)
+    assert f"{rule} {name}" in made.findings(**{name: ds})
+
+
+def _other_frame_of_reference(ds: Dataset) -> None:
+    ds.FrameOfReferenceUID = "1.2.3"
+
+
+def _flip_voxel(ds: Dataset) -> None:
+    """Move one voxel of a frame: the counts stay what they were."""
+    bits = np.unpackbits(np.frombuffer(ds.PixelData, dtype=np.uint8), bitorder="little")
+    on, off = int(np.flatnonzero(bits)[0]), int(np.flatnonzero(bits == 0)[0])
+    bits[[on, off]] = bits[[off, on]]
+    ds.PixelData = np.packbits(bits, bitorder="little").tobytes()
+
+
+def _empty_frame(ds: Dataset) -> None:
+    size = ds.Rows * ds.Columns // 8
+    ds.PixelData = bytes(size) + ds.PixelData[size:]
+
+
+def _swap_frames(ds: Dataset) -> None:
+    items = ds.PerFrameFunctionalGroupsSequence
+    items[0].PlanePositionSequence, items[1].PlanePositionSequence = (
+        items[1].PlanePositionSequence, items[0].PlanePositionSequence,
+    )  # fmt: skip
+
+
+def _swap_segments(ds: Dataset) -> None:
+    one, two = ds.SegmentSequence[0], ds.SegmentSequence[1]
+    one.SegmentNumber, two.SegmentNumber = two.SegmentNumber, one.SegmentNumber
+
+
+def _drop_frame(ds: Dataset) -> None:
+    ds.PixelData = ds.PixelData[: -(ds.Rows * ds.Columns // 8)]
+    ds.NumberOfFrames -= 1
+    ds.PerFrameFunctionalGroupsSequence = ds.PerFrameFunctionalGroupsSequence[:-1]
+
+
+def _cite_stranger(ds: Dataset) -> None:
+    cited = ds.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]
+    cited.ReferencedSOPInstanceUID = "1.2.3.4"
+
+
+SEG: dict[str, tuple[str, Mutation]] = {
+    "frame of reference": ("G04", _other_frame_of_reference),
+    "a voxel moved": ("G10", _flip_voxel),
+    "an empty frame": ("G08", _empty_frame),
+    "two planes swapped": ("G07", _swap_frames),
+    "segment numbers swapped": ("G09", _swap_segments),
+    "a frame dropped": ("G10", _drop_frame),
+    "a frame too many": ("G08", lambda ds: setattr(ds, "NumberOfFrames", ds.NumberOfFrames + 1)),
+    "pixels cut": ("G08", lambda ds: setattr(ds, "PixelData", ds.PixelData[:-2])),
+    "rows": ("G07", _set("Rows", 47)),
+    "a slice nobody sent": ("G06", _cite_stranger),
+    "not marked": ("G16", _set("ContentDescription", "all good")),
+}
+
+
+def _contour(ds: Dataset) -> Dataset:
+    item: Dataset = ds.ROIContourSequence[1].ContourSequence[0]
+    return item
+
+
+def _out_of_plane(ds: Dataset) -> None:
+    data = [str(one) for one in _contour(ds).ContourData]
+    data[2] = "999.5"
+    _contour(ds).ContourData = data
+
+
+def _two_points(ds: Dataset) -> None:
+    _contour(ds).ContourData = _contour(ds).ContourData[:6]
+    _contour(ds).NumberOfContourPoints = 2
+
+
+RTSTRUCT: dict[str, tuple[str, Mutation]] = {
+    "out of plane": ("G11", _out_of_plane),
+    "two points": ("G11", _two_points),
+    "count": ("G11", lambda ds: setattr(_contour(ds), "NumberOfContourPoints", 3)),
+    "approved": ("G11", _set("ApprovalStatus", "APPROVED")),
+    "one name twice": ("G11", lambda ds: setattr(ds.StructureSetROISequence[1], "ROIName", "Body")),
+    "no contours": ("G11", lambda ds: setattr(ds, "ROIContourSequence", [])),
+    "a slice nobody sent": (
+        "G06",
+        lambda ds: setattr(_contour(ds).ContourImageSequence[0], "ReferencedSOPInstanceUID", "1.2.3.4"),
+    ),
+}
+
+
+def _not_finite(ds: Dataset) -> None:
+    for one in ds.iterall():
+        if one.keyword == "MeasuredValueSequence" and one.value:
+            one.value[0]["NumericValue"].value = None
+            return
+
+
+SR: dict[str, tuple[str, Mutation]] = {
+    "partial": ("G13", _set("CompletionFlag", "PARTIAL")),
+    "no content": ("G13", lambda ds: setattr(ds, "ContentSequence", [])),
+    "a value without a number": ("G13", _not_finite),
+}
+
+KINDS = {"seg": SEG, "rtstruct": RTSTRUCT, "sr": SR}
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant", "rule", "mutate"),
+    [(kind, text, *one) for kind, all_ in KINDS.items() for text, one in all_.items()],
+)
+def test_mutants_of_a_kind_are_blocked(made: Made, name: str, mutant: str, rule: str, mutate: Mutation) -> None:
+    ds = copy.deepcopy(made.objects[name])
+    mutate(ds)
+    assert f"{rule} {name}" in made.findings(**{name: ds}), mutant
+
+
+@pytest.mark.parametrize("name", ["seg", "rtstruct", "sr", "overview"])
+def test_no_cut_or_bent_file_passes_or_raises(made: Made, name: str) -> None:
+    """Whatever is done to the bytes: a finding, never an exception that leaves the reason in a stack trace."""
+    made.findings()
+    path = made.folder / f"{name}.dcm"
+    whole = path.read_bytes()
+    others = [(one, made.folder / f"{one}.dcm") for one in made.objects if one != name]
+    rng = np.random.default_rng(1)
+    header = whole[:4000]
+    for attempt in range(40):
+        bent = bytearray(whole[: int(rng.integers(132, len(whole)))] if attempt % 2 else whole)
+        if attempt % 2 == 0:
+            # A tag or a VR of the header: every byte of it matters.
+            place = header.find(b"\x20\x00\x0d\x00", 132) + int(rng.integers(0, 4))
+            bent[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(bytes(bent))
+        assert check_results([*others, (name, path)], made.source, made.labels), f"attempt {attempt}"
+    path.write_bytes(whole)
+
+
+def test_two_objects_of_one_uid_are_blocked(made: Made) -> None:
+    made.findings()
+    twice = [("seg", made.folder / "seg.dcm"), ("again", made.folder / "seg.dcm")]
+    assert "G05" in {one.rule for one in check_results(twice, made.source, made.labels)}
+
+
+def test_findings_are_plain_text(made: Made) -> None:
+    """A finding goes into events and logs: it never carries the patient."""
+    ds = copy.deepcopy(made.objects["seg"])
+    ds.PatientName = "Secret^Person"
+    save(ds, made.folder, "seg")
+    found = check_results([("seg", made.folder / "seg.dcm")], made.source, made.labels)
+    assert found
+    assert "Secret" not in json.dumps([one.detail for one in found])
