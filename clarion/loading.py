@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,25 @@ def check_package_names() -> None:
         raise ClarionError(f"{listed}. Install {DISTRIBUTION} into an environment without it")
 
 
+@functools.cache
+def _points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """Look a group up once: every look-up reads the metadata of all that is installed."""
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
 def names(group: str) -> list[str]:
     """List the plug-ins of an entry-point group."""
-    return sorted({point.name for point in importlib.metadata.entry_points(group=group)})
+    return sorted({point.name for point in _points(group)})
 
 
 def find(group: str, name: str) -> type[Any]:
-    """Load the plug-in class of that name. Raises ConfigError when there is none or it cannot be loaded."""
-    points = [point for point in importlib.metadata.entry_points(group=group) if point.name == name]
+    """Load the plug-in class of that name. Raises ConfigError when there is none, two, or it cannot be loaded."""
+    points = [point for point in _points(group) if point.name == name]
     if not points:
         raise ConfigError([f"no {group} named {name!r}; there are: {', '.join(names(group)) or 'none'}"])
+    if len({point.value for point in points}) > 1:
+        given = " and ".join(f"{point.value} of {point.dist.name if point.dist else '?'}" for point in points)
+        raise ConfigError([f"{group} {name!r} is provided twice, as {given}; uninstall or rename one"])
     try:
         found: type[Any] = points[0].load()
     except (ImportError, AttributeError) as error:

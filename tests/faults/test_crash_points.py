@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
-from support.world import Case, make_series
+from support.results import make_results
+from support.world import Case, fork, make_series
 
-# Imported before the first fork, so that no case pays for it.
-import writers.gate
-import writers.overview
-import writers.rtstruct
-import writers.seg
-import writers.sr  # noqa: F401
+from clarion import crashpoints
+from clarion.adapters.database import Database
+from clarion.adapters.embedded import EmbeddedBus, read_dead_letters, read_lag
+from clarion.adapters.memory import ManualClock
 from clarion.crashpoints import EFFECTS
+from clarion.errors import PermanentError
+from clarion.events import Event, JobStarted
+from clarion.testing.suites import MOMENT, Recorder, drain, started
 
 SEEDS = (1, 2, 3)
 # Passed only when something fails; they have cases of their own below.
@@ -24,6 +28,8 @@ POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE fo
 
 @pytest.fixture(scope="session")
 def series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    # What the libraries load at their first use is loaded before the first fork, so that no case pays for it.
+    make_results(tmp_path_factory.mktemp("warm"))
     return make_series(tmp_path_factory.mktemp("series"))
 
 
@@ -65,3 +71,29 @@ def test_crash_while_a_job_fails(side: str, seed: int, tmp_path: Path) -> None:
     case.run()
     assert case.kills == 1
     case.judge()
+
+
+def _refuse_the_first(event: Event) -> Exception | None:
+    return PermanentError("the reason") if event.sequence == 1 else None
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_crash_while_a_dead_letter_is_written(side: str, tmp_path: Path) -> None:
+    """It is written once, and the record behind it is still handled."""
+    url = f"sqlite:///{tmp_path / 'bus.db'}"
+
+    def consume(point: str | None) -> list[int]:
+        crashpoints.arm(point)
+        recorder = Recorder(trouble=_refuse_the_first)
+        bus = EmbeddedBus(Database(url), ManualClock(MOMENT))
+        bus.subscribe("suite", [JobStarted], recorder)
+        drain(bus)
+        return [event.sequence for event in recorder.seen]
+
+    EmbeddedBus(Database(url), ManualClock(MOMENT)).publish([started("a", 1), started("a", 2)])
+    status = os.waitpid(fork(lambda: consume(f"{side}:bus.deadletter")), 0)[1]
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert consume(None) == [2]
+    database = Database(url)
+    assert [one.reason for one in read_dead_letters(database)] == ["the reason"]
+    assert [one.behind for one in read_lag(database)] == [0]

@@ -128,8 +128,12 @@ def test_same_uid_with_other_content_keeps_both(system: System, series: list[Pat
 
 def test_ignored_class_is_answered_success(system: System, series: list[Path]) -> None:
     assert len(storescu(series[:1], system.scp, called="IGNORING")) == 1
-    with system.database.reading() as connection:
-        system.wait_for(lambda: bool(connection.execute(sa.select(tables.ignored)).all()), "noted as ignored")
+
+    def noted() -> bool:
+        with system.database.reading() as connection:
+            return bool(connection.execute(sa.select(tables.ignored)).all())
+
+    system.wait_for(noted, "noted as ignored")
 
 
 @pytest.mark.parametrize(
