@@ -128,10 +128,14 @@ class Requestor:
         """Use the association."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Release it, if the peer has not ended it."""
-        if self._assoc.is_established:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Release it, or abort it after an error: whoever no longer answers would not answer a release either."""
+        if not self._assoc.is_established:
+            return
+        if kind is None:
             self._assoc.release()
+        else:
+            self._assoc.abort()
 
     def accepts(self, sop_class: str, syntax: str) -> bool:
         """Tell whether the peer takes the class in the syntax."""
