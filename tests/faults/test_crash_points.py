@@ -8,9 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import scipy.ndimage  # noqa: F401  as below
 from support.results import make_results
 from support.world import Case, fork, make_series
 
+# Imported before the first fork, so that no case pays for it.
+import streams.stage  # noqa: F401
 from clarion import crashpoints
 from clarion.adapters.database import Database
 from clarion.adapters.embedded import EmbeddedBus, read_dead_letters, read_lag
