@@ -1,14 +1,17 @@
 """The journal: what intake has acknowledged, in order, on the local disk. It is the queue to the grouping owner.
 
 Contract. One process writes, by any number of threads: `append` returns when the record is synced (threads share a
-sync). Any number of processes read. A record is length, CRC-32 and JSON. A write or sync that failed is never tried
-again on that segment: the journal goes on in a new one, and nobody in the old one was told success. A writer always
-begins a new segment, so a position past a torn tail leads to the next segment and not into it.
+sync). Any number of processes read. A record is length, CRC-32 and JSON. A write or sync that failed breaks its
+segment: the journal goes on in a new one, and whoever was not synced by then is told a failure. A writer always begins
+a new segment, so a position past a torn tail leads to the next segment and not into it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import itertools
 import json
 import os
 import struct
@@ -37,6 +40,7 @@ MAX_RECORD_BYTES = 2**20
 _READ_BYTES = 4 * MAX_RECORD_BYTES
 _HEAD = struct.Struct("<4sII")
 _MAGIC = b"CLJ1"
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,6 +72,68 @@ def _segments(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.clj"))
 
 
+class _Segment:
+    """The file being appended to. `write` is called under the writer's lock, `sync` by any thread.
+
+    A write or sync that fails breaks the segment at once, while the lock that let it happen is still held: nobody
+    appends behind torn bytes, and nobody syncs again what the kernel has already reported as lost.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
+        self.size = 0
+        self.broken = False
+        self._written = self._synced = 0
+        self._syncing = threading.Lock()
+        with effect("journal.rotate"):
+            self._file = os.open(
+                _segment_path(folder, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600
+            )
+            try:
+                sync_folder(folder)
+            except OSError:
+                os.close(self._file)
+                raise
+
+    def write(self, record: bytes) -> int:
+        """Append a record; give the ticket to sync it by."""
+        try:
+            with effect("journal.write"):
+                rest = memoryview(record)
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+        except OSError:
+            self.broken = True
+            raise
+        self.size += len(record)
+        self._written += 1
+        return self._written
+
+    def sync(self, ticket: int) -> None:
+        """Return when the record is durable; threads that wait together share one sync."""
+        with self._syncing:
+            if self._synced >= ticket:
+                return
+            if self.broken:
+                raise OSError(errno.EIO, "the segment was given up")
+            mark = self._written
+            try:
+                with effect("journal.sync"):
+                    os.fdatasync(self._file)
+            except OSError:
+                self.broken = True
+                raise
+            self._synced = mark
+
+    def retire(self) -> None:
+        """Sync what is whole and close; whoever waits for a record that could not be synced is told so."""
+        with contextlib.suppress(OSError):
+            self.sync(self._written)
+        with self._syncing:
+            self.broken = True
+            os.close(self._file)
+
+
 class JournalWriter:
     """The one writer of a journal; any number of its process's threads may append."""
 
@@ -75,7 +141,6 @@ class JournalWriter:
         self._folder = make_folder(folder)
         self._clock = clock
         self._writing = threading.Lock()
-        self._syncing = threading.Lock()
         self._lock_file = (folder / "writer.lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,74 +148,44 @@ class JournalWriter:
             self._lock_file.close()
             raise ResourceBusyError(f"another process writes the journal in {folder}") from error
         self._number = max(_segments(folder), default=0)
-        self._file = -1
-        self._size = self._written = self._synced = 0
-        self._abandoned: set[int] = set()
-        self._begin_segment()
+        self._segment: _Segment | None = None
+        with self._writing:
+            self._usable(0)
 
     def append(self, kind: str, fields: dict[str, Any]) -> datetime:
         """Write a record; durable on return. Gives the record's time. Raises StoreUnavailableError."""
         try:
             with self._writing:
                 now = self._clock.now()
-                self._write(_encode(now, kind, fields))
-                self._written += 1
-                ticket, segment = self._written, self._number
-            with self._syncing:
-                self._sync(ticket, segment)
+                record = _encode(now, kind, fields)
+                segment = self._usable(len(record))
+                ticket = segment.write(record)
+            segment.sync(ticket)
         except OSError as error:
-            self._abandon_segment()
             raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
         return now
 
     def close(self) -> None:
         """Sync and let go."""
-        with self._writing, self._syncing:
-            os.fdatasync(self._file)
-            os.close(self._file)
+        with self._writing:
+            if self._segment is not None:
+                self._segment.retire()
             self._lock_file.close()
 
-    def _write(self, record: bytes) -> None:
-        if self._size + len(record) > SEGMENT_BYTES:
-            with self._syncing:
-                os.fdatasync(self._file)
-                self._synced = self._written
-                os.close(self._file)
-                self._begin_segment()
-        with effect("journal.write"):
-            rest = memoryview(record)
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-        self._size += len(record)
-
-    def _sync(self, ticket: int, segment: int) -> None:
-        if segment in self._abandoned:
-            raise OSError(0, "the segment was given up")
-        if self._synced >= ticket:
-            return
-        mark = self._written
-        with effect("journal.sync"):
-            os.fdatasync(self._file)
-        self._synced = mark
-
-    def _begin_segment(self) -> None:
-        number = self._number + 1
-        with effect("journal.rotate"):
-            self._file = os.open(
-                _segment_path(self._folder, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600
-            )
-            sync_folder(self._folder)
-        self._number, self._size = number, 0
-
-    def _abandon_segment(self) -> None:
-        """Go on in a new segment: what a failed write or sync left behind is not to be built upon."""
-        with self._writing, self._syncing:
-            log.error("journal.segmentabandoned", segment=self._number)
-            self._abandoned.add(self._number)
-            try:
-                self._begin_segment()
-            except OSError as error:
-                log.error("journal.unwritable", reason=error.strerror)  # noqa: TRY400  the reason says it all
+    def _usable(self, size: int) -> _Segment:
+        """Give the segment to append to: the present one, or a new one when it is broken or full."""
+        segment = self._segment
+        if segment is not None and not segment.broken and segment.size + size <= SEGMENT_BYTES:
+            return segment
+        if segment is not None:
+            if segment.broken:
+                log.error("journal.segmentabandoned", segment=segment.number)
+            self._segment = None
+            segment.retire()
+        # A number is used once, also when its file could not be made durable.
+        self._number += 1
+        self._segment = _Segment(self._folder, self._number)
+        return self._segment
 
 
 def _encode(now: datetime, kind: str, fields: dict[str, Any]) -> bytes:
@@ -161,29 +196,51 @@ def _encode(now: datetime, kind: str, fields: dict[str, Any]) -> bytes:
 
 
 def read(folder: Path, start: Position, limit: int) -> Iterator[Entry]:
-    """Give up to `limit` records from a position on; ends where nothing whole is written yet."""
+    """Give up to `limit` records from a position on; ends where nothing whole is written yet.
+
+    Damaged bytes are passed over up to the next whole record and given as a record of kind DAMAGED: no bit that
+    turned hides what lies behind it.
+    """
     numbers = [number for number in _segments(folder) if number >= start.segment]
-    given = 0
-    for index, number in enumerate(numbers):
-        last = index == len(numbers) - 1
-        offset = start.offset if number == start.segment else 0
-        with _segment_path(folder, number).open("rb") as file:
+    everything = (
+        entry
+        for number in numbers
+        for entry in _read_segment(folder, number, start.offset if number == start.segment else 0)
+    )
+    return itertools.islice(everything, limit)
+
+
+def _read_segment(folder: Path, number: int, offset: int) -> Iterator[Entry]:
+    with _segment_path(folder, number).open("rb") as file:
+        while True:
             file.seek(offset)
             data = file.read(_READ_BYTES)
-        used = 0
-        while given < limit:
-            entry = _decode(data, used, number, offset)
-            if entry is None:
-                break
-            used = entry.after.offset - offset
-            given += 1
-            yield entry
-        if given >= limit:
-            return
-        if len(data) == _READ_BYTES:
-            return
-        if used < len(data) and not last:
-            log.error("journal.torn", segment=number, offset=offset + used, dropped_bytes=len(data) - used)
+            used = 0
+            while (entry := _decode(data, used, number, offset)) is not None:
+                used = entry.after.offset - offset
+                yield entry
+            if used == 0:
+                # A torn tail, a record that is being written, or damage: the last has whole records behind it.
+                behind = _next_whole(data, number, offset)
+                if behind is None and len(data) < _READ_BYTES:
+                    return
+                used = len(data) - MAX_RECORD_BYTES if behind is None else behind[0]
+                log.error("journal.damaged", segment=number, offset=offset, skipped_bytes=used)
+                if behind is not None:
+                    fields = {"segment": number, "offset": offset, "skipped_bytes": used}
+                    yield Entry(time=behind[1], kind=DAMAGED, fields=fields, after=Position(number, offset + used))
+            offset += used
+
+
+def _next_whole(data: bytes, segment: int, offset: int) -> tuple[int, datetime] | None:
+    """Find the next whole record behind the start of `data`, and its time."""
+    at = data.find(_MAGIC, 1)
+    while at > 0:
+        entry = _decode(data, at, segment, offset)
+        if entry is not None:
+            return at, entry.time
+        at = data.find(_MAGIC, at + 1)
+    return None
 
 
 def _decode(data: bytes, at: int, segment: int, offset: int) -> Entry | None:
