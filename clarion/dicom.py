@@ -100,10 +100,11 @@ def read_attributes(data: bytes, transfer_syntax_uid: str) -> dict[str, str]:
 
 
 def _encodings(raw: bytes) -> list[str]:
-    try:
-        return pydicom.charset.convert_encodings(raw.decode("latin-1").strip(" \0").split("\\"))
-    except LookupError:
+    """Give the codecs of Specific Character Set; a term that PS3.3 C.12.1.1.2 does not define counts as absent."""
+    terms = [one.strip(" ") for one in raw.decode("latin-1").strip(" \0").split("\\")]
+    if not all(term in pydicom.charset.python_encoding for term in terms):
         return ["iso8859"]
+    return pydicom.charset.convert_encodings(terms)
 
 
 def _vr_of(element: Element) -> str:
@@ -119,7 +120,8 @@ def _decode(raw: bytes, vr: str, encodings: list[str], *, big_endian: bool) -> s
     if vr in _PLAIN_TEXT:
         return raw.decode("latin-1").strip(" \0")
     if vr in _ENCODED_TEXT:
-        return pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
+        text = pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
+        return text.encode("utf-8", "replace").decode("utf-8")
     code = _NUMBERS.get(vr.split(" ", maxsplit=1)[0])
     if code is None:
         return None

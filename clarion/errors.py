@@ -8,7 +8,8 @@ ClarionError
 │   ├── InvalidPipelineError         a pipeline definition is refused
 │   ├── UnreadableSeriesError        a series cannot be read as a volume, for a named reason
 │   ├── OperatorError                an operator failed on this input
-│   ├── InvalidResultError           a result broke a rule of the result gate
+│   ├── MissingObjectError           an object is not in the store
+│   ├── DatabaseRefusalError         the database refuses a statement for what it says
 │   └── PeerRefusedError             the peer refused for good
 └── TransientError(retry_after_s)    may succeed later
     ├── StoreUnavailableError        the object store or the journal cannot be written or read now
@@ -18,6 +19,11 @@ ClarionError
 """
 
 from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+_FRAMES = 3
 
 
 class ClarionError(Exception):
@@ -68,12 +74,12 @@ class OperatorError(PermanentError):
     """An operator failed on this input."""
 
 
-class InvalidResultError(PermanentError):
-    """A result broke a rule of the result gate."""
+class MissingObjectError(PermanentError):
+    """An object is not in the store."""
 
-    def __init__(self, rule: str, detail: str) -> None:
-        super().__init__(f"{rule}: {detail}")
-        self.rule = rule
+
+class DatabaseRefusalError(PermanentError):
+    """The database refuses a statement for what it says; it would refuse it again."""
 
 
 class PeerRefusedError(PermanentError):
@@ -102,3 +108,14 @@ class PeerUnavailableError(TransientError):
 
 class ResourceBusyError(TransientError):
     """Something is in use: a port, a lock, a slot."""
+
+
+def describe(error: BaseException) -> str:
+    """Say what an error is and where it arose, without the text of errors that are not ours.
+
+    That text may quote what was being worked on (`int('DOE^JANE')`), and patient data belongs in no log or event.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+    places = ", ".join(f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in reversed(frames))
+    said = f": {error}" if isinstance(error, ClarionError) else ""
+    return f"{type(error).__name__}{said}" + (f" at {places}" if places else "")

@@ -65,7 +65,7 @@ class InstanceIgnored(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceQuarantined(Event):
-    """A data set was set aside with a reason; `object` is None when there was no space for its bytes."""
+    """A data set was set aside with a reason; `object` is None when nothing of it is kept."""
 
     kind: ClassVar[str] = "instance.quarantined.v1"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,8 +37,12 @@ class ObjectStore(Protocol):
     def put(self, data: bytes) -> ObjectRef:
         """Keep the data, durable on return; the same data, the same reference. Raises StoreUnavailableError."""
 
-    def open(self, ref: ObjectRef) -> BinaryIO:
-        """Open what the reference names for reading. Raises StoreUnavailableError when it is not there."""
+    def read(self, ref: ObjectRef) -> bytes:
+        """Give the bytes of the reference, as they were put.
+
+        Raises MissingObjectError when they are not there or have changed, StoreUnavailableError when they cannot be
+        read now.
+        """
 
 
 class Clock(Protocol):

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from clarion.errors import describe
+
 if TYPE_CHECKING:
+    from structlog.typing import EventDict, WrappedLogger
+
     from clarion.config import LogConfig
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -32,7 +36,7 @@ def configure(config: LogConfig, stage: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            _describe_exception,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
@@ -40,3 +44,12 @@ def configure(config: LogConfig, stage: str) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=stage)
+
+
+def _describe_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Put type and place of an exception in the stead of its text and trace."""
+    given = event.pop("exc_info", None)
+    error = sys.exc_info()[1] if given is True else given
+    if isinstance(error, BaseException):
+        event["exception"] = describe(error)
+    return event

@@ -56,8 +56,7 @@ def read_study(database: Database, store: ObjectStore, study_uid: str) -> StudyV
     results = {}
     for job in jobs:
         if job.result_set is not None:
-            with store.open(job.result_set) as file:
-                results[job.job_id] = ResultSet.decode(file.read()).instances
+            results[job.job_id] = ResultSet.decode(store.read(job.result_set)).instances
     return StudyView(
         counts=found[0],
         state=state_of(story),

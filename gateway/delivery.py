@@ -134,8 +134,7 @@ class DeliveryStage:
 
     def _send_one(self, peer: Requestor, item: Item) -> int:
         instance = item.instance
-        with self._store.open(instance.object) as file:
-            data = file.read()
+        data = self._store.read(instance.object)
         syntax = instance.transfer_syntax_uid
         if not peer.accepts(instance.sop_class_uid, syntax):
             if not peer.accepts(instance.sop_class_uid, IMPLICIT_LE):

@@ -9,21 +9,33 @@ instance or group only.
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 import structlog
+from sqlalchemy.exc import OperationalError
 
 from clarion import events
 from clarion.adapters.embedded import record_events
 from clarion.crashpoints import effect
 from clarion.dicom import read_attributes
-from clarion.errors import InvalidInstanceError
-from clarion.model import Action, Decision, Instance, ObjectRef, SeriesUid, SopInstanceUid, StudyUid, derive
+from clarion.errors import MissingObjectError, StoreUnavailableError, describe
+from clarion.model import (
+    UNKNOWN_STUDY,
+    Action,
+    Instance,
+    ObjectRef,
+    SeriesUid,
+    SopInstanceUid,
+    StudyUid,
+    Trigger,
+    derive,
+)
 from gateway import groups, journal, tables
+from gateway.rulings import RULE_RETRY, decide, key_of, removed
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from pathlib import Path
 
     from clarion.adapters.database import Database
@@ -38,8 +50,17 @@ SOURCE = "gateway"
 # A write transaction is kept short: so many records, or so long.
 _BATCH = 200
 _BATCH_S = 0.05
-# A rule that failed on a group is asked again after this.
-_RULE_RETRY = timedelta(seconds=60)
+# An object that cannot be read so often is set aside.
+_STORE_TRIES = 5
+_NOTHING_KNOWN: dict[str, Any] = {
+    "study_uid": UNKNOWN_STUDY,
+    "sop_instance_uid": "",
+    "sop_class_uid": "",
+    "transfer_syntax_uid": "",
+    "calling_ae": "",
+    "called_ae": "",
+    "object": None,
+}
 
 
 class Grouping:
@@ -59,7 +80,8 @@ class Grouping:
         self._store = store
         self._clock = clock
         self._registry = registry
-        self._grouped = 0
+        self._taken = 0
+        self._unreadable: tuple[journal.Position, int] | None = None
         database.create(SOURCE, tables.metadata, tables.SCHEMA_VERSION)
 
     def step(self) -> bool:
@@ -68,20 +90,22 @@ class Grouping:
         entries = list(journal.read(self._folder, self._position(), _BATCH))
         if not entries:
             return self._judge_waiting(now)
-        until = self._clock.monotonic() + _BATCH_S
+        until, taken = self._clock.monotonic() + _BATCH_S, 0
         with effect("grouping.commit"), self._database.transaction() as connection:
             for entry in entries:
                 while self._judge(connection, entry.time):
                     pass
-                self._take(connection, entry)
+                self._take_or_set_aside(connection, entry)
                 self._keep_position(connection, entry.after)
+                taken += 1
                 if self._clock.monotonic() > until:
                     break
+        self._taken += taken
         return True
 
     def facts(self) -> dict[str, object]:
-        """Say how many instances this process has taken."""
-        return {"instances_taken": self._grouped}
+        """Say how many records this process has taken."""
+        return {"records_taken": self._taken}
 
     def drain(self) -> None:
         """Nothing is in hand between steps."""
@@ -100,8 +124,37 @@ class Grouping:
 
     # Records ---------------------------------------------------------------------------------------------------
 
+    def _take_or_set_aside(self, connection: sa.Connection, entry: journal.Entry) -> None:
+        """Take one record; whatever is wrong with it concerns it alone and is kept with the reason."""
+        try:
+            with connection.begin_nested():
+                self._take(connection, entry)
+        except OperationalError:
+            raise
+        except StoreUnavailableError as error:
+            if self._wait_for_store(entry):
+                raise
+            self._set_aside(connection, entry, "object-unreadable", error)
+        except MissingObjectError as error:
+            self._set_aside(connection, entry, "object-missing", error)
+        except Exception as error:  # noqa: BLE001  anything unforeseen: the next record must not wait for this one
+            self._set_aside(connection, entry, "grouping-failed", error)
+
+    def _wait_for_store(self, entry: journal.Entry) -> bool:
+        """Tell whether an object that cannot be read now is worth waiting for; a bad sector is not, for ever."""
+        before = self._unreadable[1] if self._unreadable and self._unreadable[0] == entry.after else 0
+        self._unreadable = (entry.after, before + 1)
+        return before + 1 < _STORE_TRIES
+
+    def _set_aside(self, connection: sa.Connection, entry: journal.Entry, reason: str, error: Exception) -> None:
+        log.error("record.setaside", kind=entry.kind, reason=reason, error=describe(error))
+        with connection.begin_nested():
+            self._take_quarantined(connection, entry, reason)
+
     def _take(self, connection: sa.Connection, entry: journal.Entry) -> None:
         match entry.kind:
+            case journal.DAMAGED:
+                self._take_quarantined(connection, entry, "journal-damaged")
             case "stored":
                 self._take_stored(connection, entry)
             case "quarantined":
@@ -119,7 +172,6 @@ class Grouping:
                 log.error("journal.unknownrecord", kind=entry.kind)
 
     def _take_stored(self, connection: sa.Connection, entry: journal.Entry) -> None:
-        self._grouped += 1
         ref = ObjectRef(**entry.fields["object"])
         table = tables.instances
         known = connection.execute(
@@ -132,7 +184,7 @@ class Grouping:
             instance = self._as_sent(groups.instance_of(same), entry)
         else:
             instance = self._new_instance(entry, ref)
-        key, state, reason = self._ask_rule(instance)
+        key, state, reason = key_of(self._registry.get(instance.called_ae), instance)
         if state == "quarantined":
             self._take_quarantined(connection, entry, reason)
             return
@@ -145,8 +197,7 @@ class Grouping:
 
     def _new_instance(self, entry: journal.Entry, ref: ObjectRef) -> Instance:
         fields = entry.fields
-        with self._store.open(ref) as file:
-            attributes = read_attributes(file.read(), fields["transfer_syntax_uid"])
+        attributes = read_attributes(self._store.read(ref), fields["transfer_syntax_uid"])
         return Instance(
             sop_instance_uid=SopInstanceUid(fields["sop_instance_uid"]),
             digest=ref.digest,
@@ -166,21 +217,6 @@ class Grouping:
         fields = {name: getattr(known, name) for name in Instance.__dataclass_fields__}
         sent = {"calling_ae": entry.fields["calling_ae"], "called_ae": entry.fields["called_ae"]}
         return Instance(**{**fields, **sent, "received": entry.time})
-
-    def _ask_rule(self, instance: Instance) -> tuple[str | None, str, str]:
-        """Give the group key, the instance's state and the reason for it."""
-        entity = self._registry.get(instance.called_ae)
-        if entity is None:
-            return None, "ignored", "called-ae-removed"
-        try:
-            key = entity.rule.group_of(instance)
-        except InvalidInstanceError as error:
-            return None, "quarantined", error.reason
-        except Exception:
-            # A stranger's rule: whatever it raises concerns this instance alone, which is kept with the reason.
-            log.exception("rule.failed", rule=entity.rule_name)
-            return None, "quarantined", "rule-failed"
-        return (None, "ignored", "no-rule-takes-it") if key is None else (key, "grouped", "")
 
     def _insert(self, connection: sa.Connection, instance: Instance, state: str, reason: str) -> None:
         values = {name: getattr(instance, name) for name in Instance.__dataclass_fields__}
@@ -276,9 +312,11 @@ class Grouping:
         record_events(connection, [event])
 
     def _take_quarantined(self, connection: sa.Connection, entry: journal.Entry, reason: str) -> None:
-        fields = entry.fields
+        fields = {**_NOTHING_KNOWN, **entry.fields}
         digest = fields["object"]["digest"] if fields["object"] else ""
-        quarantine_id = derive("quarantine", fields["sop_instance_uid"], digest, reason, fields["called_ae"])
+        # Of a damaged place in the journal only the place is known.
+        known = fields["sop_instance_uid"] or f"journal {entry.after.segment} {entry.after.offset}"
+        quarantine_id = derive("quarantine", known, digest, reason, fields["called_ae"])
         table = tables.quarantine
         if connection.execute(sa.select(table).where(table.c.quarantine_id == quarantine_id)).first() is not None:
             return
@@ -378,34 +416,28 @@ class Grouping:
             return False
         entity = self._registry.get(row["called_ae"])
         if entity is None or entity.rule_name != row["rule"]:
-            decision = Decision(action=Action.WAIT, reason="rule-removed", again=now + _RULE_RETRY)
+            decision, triggers = removed(now)
         else:
-            decision = self._decide(connection, row, entity, now)
-        if decision.action is Action.CLOSE and entity is not None:
-            self._close(connection, row, entity, now=now, reason=decision.reason)
+            decision, triggers = decide(entity, groups.value_of(connection, row), now)
+        if decision.action is Action.CLOSE:
+            self._close(connection, row, triggers, now=now, reason=decision.reason)
         elif decision.action is Action.DISCARD:
             self._discard(connection, row, now, decision.reason)
         else:
-            again = decision.again if decision.again is not None else now + _RULE_RETRY
-            groups.wait(connection, row, decision, max(again, now))
+            again = decision.again if decision.again is not None else now + RULE_RETRY
+            groups.keep_open(connection, row, decision.reason, max(again, now))
         return True
 
-    def _decide(self, connection: sa.Connection, row: sa.RowMapping, entity: CalledEntity, now: datetime) -> Decision:
-        try:
-            decision = entity.rule.is_complete(groups.value_of(connection, row), now)
-            if decision.action is Action.CLOSE:
-                entity.rule.triggers(groups.value_of(connection, row))
-        except Exception:
-            # A stranger's rule: the group stays open, visibly, and the rule is asked again later.
-            log.exception("rule.failed", rule=entity.rule_name, group=row["group_id"])
-            return Decision(action=Action.WAIT, reason="rule-failed", again=now + _RULE_RETRY)
-        return decision
-
     def _close(
-        self, connection: sa.Connection, row: sa.RowMapping, entity: CalledEntity, *, now: datetime, reason: str
+        self,
+        connection: sa.Connection,
+        row: sa.RowMapping,
+        triggers: tuple[Trigger, ...],
+        *,
+        now: datetime,
+        reason: str,
     ) -> None:
         manifest = groups.manifest_of(connection, row)
-        triggers = tuple(entity.rule.triggers(groups.value_of(connection, row)))
         with effect("grouping.manifest"):
             ref = self._store.put(manifest.encode())
         groups.close(connection, row, manifest, ref=ref, now=now, reason=reason)

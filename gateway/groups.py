@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import sqlalchemy as sa
 
@@ -22,9 +22,6 @@ from clarion.model import (
     derive_group_id,
 )
 from gateway import tables
-
-if TYPE_CHECKING:
-    from clarion.model import Decision
 
 # A key that comes back later than this after closing begins a new group (DESIGN 10, epoch).
 LATE_WINDOW = timedelta(hours=24)
@@ -53,8 +50,12 @@ class Members(Sequence[Instance]):
         return self._all()[index]
 
     def __len__(self) -> int:
-        """Count the instances."""
-        return len(self._all())
+        """Count the instances, without reading them: a rule may ask after every arrival."""
+        if self._read is not None:
+            return len(self._read)
+        table = tables.members
+        query = sa.select(sa.func.count()).select_from(table).where(table.c.group_id == self._group_id)
+        return int(self._connection.execute(query).scalar_one())
 
 
 def _member_rows(group_id: str) -> sa.Select[Any]:
@@ -172,13 +173,11 @@ def manifest_of(connection: sa.Connection, row: sa.RowMapping) -> Manifest:
     return Manifest(group_id=row["group_id"], revision=row["revision"], entries=entries)
 
 
-def wait(connection: sa.Connection, row: sa.RowMapping, decision: Decision, again: datetime) -> None:
+def keep_open(connection: sa.Connection, row: sa.RowMapping, reason: str, again: datetime) -> None:
     """Keep a group open and note when to ask its rule again."""
     table = tables.groups
     connection.execute(
-        table.update()
-        .where(table.c.group_id == row["group_id"])
-        .values(check_at=again.isoformat(), reason=decision.reason)
+        table.update().where(table.c.group_id == row["group_id"]).values(check_at=again.isoformat(), reason=reason)
     )
 
 

@@ -62,8 +62,7 @@ class DeliveryRequests:
         """Note the delivery; passed over when it is known."""
         if not isinstance(event, events.DeliveryRequested):
             return ()
-        with self._store.open(event.result_set) as file:
-            instances = ResultSet.decode(file.read()).instances
+        instances = ResultSet.decode(self._store.read(event.result_set)).instances
         with effect("delivery.request"), self._database.transaction() as connection:
             known = connection.execute(sa.select(_table.c.state).where(_table.c.delivery_id == event.subject)).first()
             if known is not None:

@@ -122,8 +122,7 @@ class Engine:
             self._fail(attempt, Failure(cause=type(error).__name__, operator="", reason=str(error)))
 
     def _read_pipeline(self, job: Job) -> Pipeline:
-        with self._store.open(job.definition) as file:
-            return read_pipeline(job.pipeline_id, file.read())
+        return read_pipeline(job.pipeline_id, self._store.read(job.definition))
 
     def _refuse(self, job: Job, cause: str, reason: str) -> None:
         number = self._ledger.start(job, [])

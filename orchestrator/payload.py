@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
 from clarion.dicom import part10, read_attributes
-from clarion.errors import PermanentError
 from clarion.model import Manifest, is_uid
 
 if TYPE_CHECKING:
@@ -30,10 +29,9 @@ def materialise(store: ObjectStore, manifest: ObjectRef, folder: Path) -> int:
 
     `<patient>` is the first 16 hex digits of SHA-256(PatientID), so that a path tells nothing.
 
-    Raises PermanentError when an object is not what the manifest says, StoreUnavailableError when it cannot be read.
+    Raises MissingObjectError and StoreUnavailableError as the store does, OSError when the folder cannot be written.
     """
-    with store.open(manifest) as file:
-        entries = Manifest.decode(file.read()).entries
+    entries = Manifest.decode(store.read(manifest)).entries
     patients: dict[str, str] = {}
     with effect("payload.write"):
         for entry in entries:
@@ -42,10 +40,7 @@ def materialise(store: ObjectStore, manifest: ObjectRef, folder: Path) -> int:
 
 
 def _write(store: ObjectStore, entry: ManifestEntry, root: Path, patients: dict[str, str]) -> None:
-    with store.open(entry.object) as file:
-        data = file.read()
-    if hashlib.sha256(data).hexdigest() != entry.digest:
-        raise PermanentError(f"object {entry.digest[:16]} is damaged: its bytes have another digest")
+    data = store.read(entry.object)
     if entry.study_uid not in patients:
         patient_id = read_attributes(data, entry.transfer_syntax_uid).get(_PATIENT_ID, "")
         patients[entry.study_uid] = hashlib.sha256(patient_id.encode()).hexdigest()[:16]

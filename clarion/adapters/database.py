@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from clarion.errors import BusUnavailableError, ConfigError
+from clarion.errors import BusUnavailableError, ConfigError, DatabaseRefusalError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ class Database:
             with self._engine.begin() as connection:
                 yield connection
         except DBAPIError as error:
-            raise BusUnavailableError(f"the database cannot be written now: {type(error.orig).__name__}") from error
+            raise _ours(error, "written") from error
         if self._on_commit is not None:
             self._on_commit()
 
@@ -69,11 +69,19 @@ class Database:
             with self._engine.connect().execution_options(**_READ_ONLY) as connection:
                 yield connection
         except DBAPIError as error:
-            raise BusUnavailableError(f"the database cannot be read now: {type(error.orig).__name__}") from error
+            raise _ours(error, "read") from error
 
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
+
+
+def _ours(error: DBAPIError, done: str) -> BusUnavailableError | DatabaseRefusalError:
+    """Busy, full or broken may pass; a statement that is wrong stays wrong."""
+    kind = type(error.orig).__name__
+    if isinstance(error, OperationalError):
+        return BusUnavailableError(f"the database cannot be {done} now: {kind}")
+    return DatabaseRefusalError(f"the database refuses: {kind}")
 
 
 def _configure(connection: Any, _record: object) -> None:  # noqa: ANN401  a DBAPI connection, whatever the driver

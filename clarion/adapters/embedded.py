@@ -7,7 +7,6 @@ nothing. A consumer's position moves after its handler's outgoing events are com
 from __future__ import annotations
 
 import json
-import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ import structlog
 
 from clarion.codec import Record, decode, encode
 from clarion.crashpoints import effect
-from clarion.errors import PermanentError, TransientError
+from clarion.errors import PermanentError, TransientError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -190,7 +189,6 @@ class EmbeddedBus:
         return True
 
     def _bury(self, consumer: str, row: sa.Row[tuple[object, ...]], error: Exception, *, tries: int) -> None:
-        permanent = isinstance(error, PermanentError)
         log.error("handler.deadletter", consumer=consumer, kind=row.kind, error=type(error).__name__)
         letter = {
             "consumer": consumer,
@@ -199,7 +197,7 @@ class EmbeddedBus:
             "kind": row.kind,
             "subject": row.subject,
             "error": type(error).__name__,
-            "reason": str(error) if permanent else traceback.format_exc(limit=-3),
+            "reason": str(error) if isinstance(error, PermanentError) else describe(error),
             "tries": tries,
             "time": self._clock.now().isoformat(),
         }

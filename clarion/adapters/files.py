@@ -1,6 +1,6 @@
 """Bytes on the local disk: the object store, and the few file-system promises the rest leans on.
 
-An object lies under the digest of its bytes. It is written beside, synced, linked into place and the folder synced,
+An object lies under the digest of its bytes. It is written beside, synced, moved into place and the folder synced,
 in that order, so that a name in place always names whole bytes, also after a power cut.
 """
 
@@ -12,14 +12,10 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
-from clarion.errors import ConfigError, StoreUnavailableError
+from clarion.errors import ConfigError, MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
 
 _NETWORK = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph", "glusterfs", "afs"))
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
@@ -86,11 +82,11 @@ class FileStore:
         ref = ObjectRef(location=f"file:{digest}", digest=digest, size_bytes=len(data))
         place = self._path(digest)
         try:
-            if place.exists() and place.stat().st_size == len(data):
-                # Whoever linked it may not have come to syncing the folder.
+            if place.exists() and place.read_bytes() == data:
+                # Whoever put it in place may not have come to syncing the folder.
                 sync_folder(place.parent)
-                return ref
-            self._write(place, data)
+            else:
+                self._write(place, data)
         except OSError as error:
             kind = "full" if error.errno in _FULL else "not writable"
             raise StoreUnavailableError(f"the object store is {kind}: {error.strerror}") from error
@@ -110,12 +106,17 @@ class FileStore:
         finally:
             beside.unlink(missing_ok=True)
 
-    def open(self, ref: ObjectRef) -> BinaryIO:
-        """Open an object for reading."""
+    def read(self, ref: ObjectRef) -> bytes:
+        """Give an object's bytes, compared with their digest."""
         try:
-            return self._path(ref.digest).open("rb")
+            data = self._path(ref.digest).read_bytes()
+        except FileNotFoundError as error:
+            raise MissingObjectError(f"object {ref.digest[:16]} is not in the store") from error
         except OSError as error:
-            raise StoreUnavailableError(f"object {ref.digest[:16]} is not in the store: {error.strerror}") from error
+            raise StoreUnavailableError(f"object {ref.digest[:16]} cannot be read: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != ref.digest:
+            raise MissingObjectError(f"object {ref.digest[:16]} is damaged: its bytes have another digest")
+        return data
 
     def clear_incoming(self) -> int:
         """Remove what a crash left half written; only while no other process writes. Gives the count."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clarion.codec import decode, encode
-from clarion.errors import PermanentError, StoreUnavailableError, TransientError
+from clarion.errors import MissingObjectError, PermanentError, TransientError
 from clarion.model import ObjectRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime, timedelta
-    from typing import BinaryIO
 
     from clarion.codec import Record
     from clarion.events import Event
@@ -55,11 +53,11 @@ class MemoryStore:
         self._objects[digest] = bytes(data)
         return ObjectRef(location=f"memory:{digest}", digest=digest, size_bytes=len(data))
 
-    def open(self, ref: ObjectRef) -> BinaryIO:
-        """Open an object for reading."""
+    def read(self, ref: ObjectRef) -> bytes:
+        """Give an object's bytes."""
         if ref.digest not in self._objects:
-            raise StoreUnavailableError(f"object {ref.digest[:16]} is not in the store")
-        return io.BytesIO(self._objects[ref.digest])
+            raise MissingObjectError(f"object {ref.digest[:16]} is not in the store")
+        return self._objects[ref.digest]
 
 
 @dataclass(slots=True)

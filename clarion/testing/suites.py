@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from clarion.adapters.memory import ManualClock
-from clarion.errors import PermanentError, StoreUnavailableError, TransientError
+from clarion.errors import MissingObjectError, PermanentError, TransientError
 from clarion.events import Event, JobStarted, JobSucceeded
 from clarion.model import ObjectRef
 from clarion.ports import Clock, EventBus
@@ -161,8 +161,7 @@ class ObjectStoreSuite:
         """The bytes come back as they were."""
         for data in (b"", b"a", bytes(range(256)) * 5000):
             ref = store.put(data)
-            with store.open(ref) as file:
-                assert file.read() == data
+            assert store.read(ref) == data
             assert ref.size_bytes == len(data)
 
     def test_twice_is_harmless(self, store: ObjectStore) -> None:
@@ -174,10 +173,10 @@ class ObjectStoreSuite:
         assert store.put(b"one").location != store.put(b"two").location
 
     def test_unknown_reference(self, store: ObjectStore) -> None:
-        """What is not there is said to be unavailable, not empty."""
+        """What is not there is said to be missing, not empty."""
         missing = ObjectRef(location="file:00", digest="00" * 32, size_bytes=1)
         try:
-            store.open(missing)
-        except StoreUnavailableError:
+            store.read(missing)
+        except MissingObjectError:
             return
-        raise AssertionError("an unknown reference was opened")
+        raise AssertionError("an unknown reference was read")

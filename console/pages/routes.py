@@ -196,8 +196,7 @@ def _size(count: int) -> str:
 
 def _png(store: ObjectStore, instance: ResultInstance) -> bytes:
     """Turn one of our own RGB pictures into PNG."""
-    with store.open(instance.object) as file:
-        data = file.read()
+    data = store.read(instance.object)
     values = {
         one.tag: data[one.start : one.end] for one in Walker(data, instance.transfer_syntax_uid).elements()
         if one.tag in {_ROWS, _COLUMNS, _PIXELS}

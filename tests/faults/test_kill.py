@@ -97,8 +97,7 @@ def _judge(database: Database, store: FileStore, acknowledged: set[tuple[str, st
         rows = connection.execute(sa.select(tables.instances)).all()
         assert {(row.sop_instance_uid, row.digest) for row in rows} >= acknowledged, "lost"
         for row in rows:
-            with store.open(ObjectRef(**row.object)) as file:
-                assert hashlib.sha256(file.read()).hexdigest() == row.digest
+            assert hashlib.sha256(store.read(ObjectRef(**row.object))).hexdigest() == row.digest
         members = set(connection.execute(sa.select(tables.members.c.sop_instance_uid)).scalars())
         assert members >= {uid for uid, _ in acknowledged}
         assert not connection.execute(sa.select(dead_letters)).all()

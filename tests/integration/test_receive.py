@@ -226,8 +226,7 @@ def _check_bytes(system: System) -> None:
     with system.database.reading() as connection:
         rows = connection.execute(sa.select(tables.instances)).all()
     for row in rows:
-        with system.store.open(ObjectRef(**row.object)) as file:
-            assert hashlib.sha256(file.read()).hexdigest() == row.digest
+        assert hashlib.sha256(system.store.read(ObjectRef(**row.object))).hexdigest() == row.digest
 
 
 def test_no_patient_data_in_the_log(system: System, tmp_path: Path) -> None:

@@ -172,8 +172,7 @@ def test_same_groups_as_the_model(
 
 def _described(rig: Rig) -> Callable[[GroupClosed], tuple[int, int, list[int]]]:
     def describe(event: GroupClosed) -> tuple[int, int, list[int]]:
-        with rig.store.open(event.manifest) as file:
-            entries = Manifest.decode(file.read()).entries
+        entries = Manifest.decode(rig.store.read(event.manifest)).entries
         assert len(entries) == event.instances
         numbers = sorted(int(one.sop_instance_uid.split(".")[2]) for one in entries)
         return int(entries[0].study_uid.split(".")[1]), event.revision, numbers
