@@ -23,7 +23,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-_FRAMES = 3
+_FRAMES = 6
 
 
 class ClarionError(Exception):

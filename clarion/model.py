@@ -247,6 +247,11 @@ class WorkState:
     reason: str = ""
 
 
+# Reasons of a WorkState that are nobody's fault: the executor does not know the work, or something ended it.
+LOST = "lost"
+KILLED = "ended by signal"
+
+
 def derive_group_id(called_ae: str, rule: str, key: str, epoch: int) -> GroupId:
     """Derive a group's identifier."""
     return GroupId(derive("group", called_ae, rule, key, epoch))

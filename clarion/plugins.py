@@ -76,7 +76,10 @@ class Executor(Protocol):
         """Start the work; passed over when its id is known. Raises ResourceBusyError when it cannot start now."""
 
     def poll(self, work_id: str) -> WorkState:
-        """Tell the state of the work; an unknown id is a failure with reason `lost`."""
+        """Tell the state of the work; an unknown id is a failure with reason `model.LOST`.
+
+        Work that was ended from outside has a reason that begins with `model.KILLED`; it may be tried again.
+        """
 
     def cancel(self, work_id: str) -> None:
-        """End the work and everything it started; nothing happens when it has ended."""
+        """End the work and everything it started, and forget it; an unknown id is passed over."""

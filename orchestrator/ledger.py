@@ -1,7 +1,7 @@
 """The ledger: the queue between requests and processors, and what became of each job.
 
 Every change of a job's state and the event that reports it are one transaction. States: requested -> running ->
-succeeded | failed; requested, running and finished jobs of an older revision become superseded.
+succeeded | failed; jobs of an older revision of their group become superseded, whatever their state.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ jobs = sa.Table(
     sa.Column("destinations", sa.JSON, nullable=False),
     sa.Column("state", sa.Text, nullable=False, index=True),
     sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("retries", sa.Integer, nullable=False),
     sa.Column("sequence", sa.Integer, nullable=False),
     sa.Column("requested", sa.Text, nullable=False),
     sa.Column("started", sa.Text, nullable=True),
@@ -79,7 +80,9 @@ class Job:
     revision: int
     manifest: ObjectRef
     destinations: tuple[str, ...]
+    state: str
     attempt: int
+    retries: int
     requested: str
 
 
@@ -120,6 +123,7 @@ class JobRequests:
                     destinations=list(event.destinations),
                     state=REQUESTED,
                     attempt=0,
+                    retries=0,
                     sequence=event.sequence,
                     requested=event.time.isoformat(),
                     cause="",
@@ -139,7 +143,7 @@ class JobRequests:
                 jobs.c.group_id == event.group_id,
                 jobs.c.pipeline_id == event.pipeline_id,
                 jobs.c.revision < event.revision,
-                jobs.c.state.in_((REQUESTED, RUNNING, SUCCEEDED)),
+                jobs.c.state != SUPERSEDED,
             )
         ).scalars()
         for job_id in older.all():
@@ -176,17 +180,15 @@ class Ledger:
         self._clock = clock
         database.create(SOURCE, metadata, SCHEMA_VERSION)
 
-    def interrupted(self) -> list[Job]:
-        """List the jobs that were running when the engine ended."""
-        with self._database.reading() as connection:
-            return [_job(row) for row in connection.execute(sa.select(jobs).where(jobs.c.state == RUNNING))]
+    def next_job(self, but: Iterable[str]) -> Job | None:
+        """Give the job to start next: one that was interrupted, else by priority, then in order of request.
 
-    def next_requested(self) -> Job | None:
-        """Give the job to start next: by priority, then in order of request."""
+        `but` are the jobs that the engine has in hand or lets wait.
+        """
         query = (
             sa.select(jobs)
-            .where(jobs.c.state == REQUESTED)
-            .order_by(jobs.c.priority, jobs.c.requested, jobs.c.job_id)
+            .where(jobs.c.state.in_((REQUESTED, RUNNING)), jobs.c.job_id.not_in(list(but)))
+            .order_by(jobs.c.state == REQUESTED, jobs.c.priority, jobs.c.requested, jobs.c.job_id)
             .limit(1)
         )
         with self._database.reading() as connection:
@@ -198,17 +200,24 @@ class Ledger:
         with self._database.reading() as connection:
             return connection.execute(sa.select(jobs.c.state).where(jobs.c.job_id == job_id)).scalar() == SUPERSEDED
 
-    def start(self, job: Job, operator_names: list[str]) -> int:
-        """Begin an attempt; gives its number."""
+    def start(self, job: Job, operator_names: list[str]) -> int | None:
+        """Begin an attempt; gives its number, or None when the job has been superseded in the meantime."""
         now = self._clock.now()
         attempt = job.attempt + 1
         with effect("ledger.start"), self._database.transaction() as connection:
-            common = _next(connection, job.job_id, now)
-            connection.execute(
+            moved = connection.execute(
                 jobs.update()
-                .where(jobs.c.job_id == job.job_id)
-                .values(state=RUNNING, attempt=attempt, started=now.isoformat())
+                .where(jobs.c.job_id == job.job_id, jobs.c.state == job.state, jobs.c.attempt == job.attempt)
+                .values(
+                    state=RUNNING,
+                    attempt=attempt,
+                    started=now.isoformat(),
+                    retries=jobs.c.retries + (1 if job.state == RUNNING else 0),
+                )
             )
+            if moved.rowcount == 0:
+                return None
+            common = _next(connection, job.job_id, now)
             for name in operator_names:
                 connection.execute(
                     operators.insert().values(
@@ -217,6 +226,12 @@ class Ledger:
                 )
             record_events(connection, [events.JobStarted(**common, attempt=attempt)])
         return attempt
+
+    def hand_back(self, job: Job, attempt: int) -> None:
+        """The engine is told to stop: the job waits again, and the attempt is not held against it."""
+        with self._database.transaction() as connection:
+            if _still_running(connection, job.job_id, attempt):
+                connection.execute(jobs.update().where(jobs.c.job_id == job.job_id).values(state=REQUESTED))
 
     def operator_started(self, job_id: str, attempt: int, operator: str) -> None:
         """Note that an operator runs."""
@@ -317,6 +332,8 @@ def _job(row: Any) -> Job:  # noqa: ANN401  a row of `jobs`
         revision=row.revision,
         manifest=ObjectRef(**row.manifest),
         destinations=tuple(row.destinations),
+        state=row.state,
         attempt=row.attempt,
+        retries=row.retries,
         requested=row.requested,
     )

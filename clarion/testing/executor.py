@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
-from clarion.model import WorkState
+from clarion.model import LOST, WorkState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,8 +29,9 @@ class InlineExecutor:
     def poll(self, work_id: str) -> WorkState:
         """Tell how the work ended."""
         if work_id not in self._known:
-            return WorkState(exit_status=-1, reason="lost")
+            return WorkState(exit_status=-1, reason=LOST)
         return WorkState(exit_status=self._known[work_id])
 
     def cancel(self, work_id: str) -> None:
-        """Nothing runs any more."""
+        """Forget the work; nothing runs any more."""
+        self._known.pop(work_id, None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
 from clarion.errors import ResourceBusyError
-from clarion.model import WorkState
+from clarion.model import KILLED, LOST, WorkState
 
 if TYPE_CHECKING:
     from clarion.model import OperatorWork
@@ -62,7 +62,7 @@ class LocalExecutor:
         """Tell how the process stands; ends it when its time or its log is over the limit."""
         running = self._known.get(work_id)
         if running is None:
-            return WorkState(exit_status=-1, reason="lost")
+            return WorkState(exit_status=-1, reason=LOST)
         if running.process.poll() is None:
             self._limit(running)
         status = running.process.poll()
@@ -71,17 +71,14 @@ class LocalExecutor:
         _kill_session(running.process.pid)
         reason = running.reason
         if not reason and status < 0:
-            reason = f"ended by signal {-status}"
+            reason = f"{KILLED} {-status}"
         return WorkState(exit_status=status, reason=reason)
 
     def cancel(self, work_id: str) -> None:
-        """End the process and everything it started."""
-        running = self._known.get(work_id)
-        if running is None:
-            return
-        _kill_session(running.process.pid)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(_GRACE_S)
+        """End the process and everything it started, and forget the work."""
+        running = self._known.pop(work_id, None)
+        if running is not None and running.process.poll() is None:
+            _end(running)
 
     def _limit(self, running: _Running) -> None:
         if time.monotonic() > running.deadline:
@@ -89,7 +86,13 @@ class LocalExecutor:
         elif os.path.getsize(running.work.log) > MAX_LOG_BYTES:  # noqa: PTH202  a plain string path
             running.reason = f"log-limit of {MAX_LOG_BYTES} bytes"
         if running.reason:
-            self.cancel(running.work.work_id)
+            _end(running)
+
+
+def _end(running: _Running) -> None:
+    _kill_session(running.process.pid)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        running.process.wait(_GRACE_S)
 
 
 def _kill_session(pid: int) -> None:
