@@ -167,7 +167,6 @@ class JobRequested(Event):
     name: str
     pipeline_id: str
     definition: ObjectRef
-    definition_digest: str
     group_id: str
     revision: int
     manifest: ObjectRef

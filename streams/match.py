@@ -72,7 +72,6 @@ class Match:
             name=job_name(closed.called_ae, name, closed.time),
             pipeline_id=pipeline.id,
             definition=pipeline.definition,
-            definition_digest=digest,
             group_id=closed.subject,
             revision=closed.revision,
             manifest=closed.manifest,
