@@ -50,6 +50,7 @@ class ScpConfig(Model):
     port: Port = 11112
     max_associations: Annotated[int, Field(ge=1, le=1000)] = 25
     max_pdu: Annotated[int, Field(ge=4096, le=131072)] = 131072
+    max_instance_gb: Annotated[float, Field(gt=0, le=4)] = 2.0
     accept_private_sop_classes: bool = True
     reject_unknown_sources: bool = True
     verification: VerificationConfig = VerificationConfig()
@@ -159,7 +160,7 @@ class ConsoleConfig(Model):
 
     host: str = "127.0.0.1"
     port: Port = 5000
-    token: SecretStr | None = None
+    token: Annotated[SecretStr, Field(min_length=16)] | None = None
 
 
 class DatabaseConfig(Model):

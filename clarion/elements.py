@@ -27,6 +27,7 @@ MAX_ELEMENTS = 500_000
 # Deflate reaches 1,000:1; real data sets stay far below 100:1, and small ones are allowed any ratio.
 MAX_INFLATE_RATIO = 100
 INFLATE_FREE_BYTES = 64 * 2**20
+MAX_INFLATED_BYTES = 4 * 2**30
 
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -53,7 +54,7 @@ class Element:
 
 def inflate(data: bytes) -> bytes:
     """Inflate a deflated data set (PS3.5 A.5) within the ratio allowed."""
-    limit = max(INFLATE_FREE_BYTES, len(data) * MAX_INFLATE_RATIO)
+    limit = min(max(INFLATE_FREE_BYTES, len(data) * MAX_INFLATE_RATIO), MAX_INFLATED_BYTES)
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         inflated = stream.decompress(data, limit)

@@ -7,6 +7,8 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from clarion.errors import PeerUnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -29,6 +31,7 @@ CALLING_UNKNOWN = Rejection(check="calling-ae", result=1, source=1, reason=3)
 CALLED_UNKNOWN = Rejection(check="called-ae", result=1, source=1, reason=7)
 TOO_MANY = Rejection(check="association-limit", result=2, source=3, reason=2)
 NO_SPACE = Rejection(check="disk-space", result=2, source=3, reason=1)
+UNRESOLVED = Rejection(check="calling-address", result=2, source=3, reason=1)
 NOT_READY = Rejection(check="not-ready", result=2, source=3, reason=1)
 
 
@@ -39,21 +42,29 @@ def _plain(address: str) -> _Address:
 
 
 def matches(hosts: str, address: str) -> bool:
-    """Tell whether an address is one of a comma-separated list of addresses, networks and host names."""
+    """Tell whether an address is one of a comma-separated list of addresses, networks and host names.
+
+    Raises PeerUnavailableError when that depends on a host name that cannot be resolved now.
+    """
     peer = _plain(address)
-    return any(_matches_one(host.strip(), peer) for host in hosts.split(","))
+    unresolved = ""
+    for host in hosts.split(","):
+        try:
+            if _matches_one(host.strip(), peer):
+                return True
+        except (OSError, UnicodeError):
+            unresolved = host.strip()
+    if unresolved:
+        raise PeerUnavailableError(f"host name {unresolved!r} cannot be resolved")
+    return False
 
 
 def _matches_one(host: str, peer: _Address) -> bool:
     try:
-        return peer in ipaddress.ip_network(host, strict=False)
+        network = ipaddress.ip_network(host, strict=False)
     except ValueError:
-        pass
-    try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return any(_plain(str(info[4][0])) == peer for info in found)
+        return any(_plain(str(info[4][0])) == peer for info in socket.getaddrinfo(host, None))
+    return peer in network
 
 
 class AccessList:
@@ -67,12 +78,15 @@ class AccessList:
         self._open = not config.scp.reject_unknown_sources
 
     def check(self, calling: str, called: str, address: str) -> Rejection | None:
-        """Check an association request; None lets it pass."""
-        if self.is_source(calling, address):
-            return None if called in self._called else CALLED_UNKNOWN
-        if self.is_destination(calling, address):
-            return None if called in self._called or called == self._own else CALLED_UNKNOWN
-        return CALLING_UNKNOWN
+        """Check an association request; None lets it pass. A peer may be a source and a destination at once."""
+        try:
+            source, destination = self.is_source(calling, address), self.is_destination(calling, address)
+        except PeerUnavailableError:
+            return UNRESOLVED
+        if not source and not destination:
+            return CALLING_UNKNOWN
+        known = called in self._called or (destination and called == self._own)
+        return None if known else CALLED_UNKNOWN
 
     def is_source(self, calling: str, address: str) -> bool:
         """Tell whether the peer may send instances."""

@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING
 import structlog
 
 from clarion.crashpoints import effect
-from clarion.elements import IMPLICIT_LE
-from clarion.errors import ClarionError, PeerRefusedError, PeerUnavailableError, StoreUnavailableError
+from clarion.errors import (
+    ClarionError,
+    PeerRefusedError,
+    PeerUnavailableError,
+    PermanentError,
+    StoreUnavailableError,
+    TransientError,
+    describe,
+)
 from clarion.model import Destination, derive_uid
-from gateway.outbound import SENT, UNKNOWN_DESTINATION, Outbound, backoff, judge
+from gateway.outbound import SENT, UNKNOWN_DESTINATION, Outbound, backoff, judge, outcome_of
 from gateway.scu import Requestor, Timeouts
-from gateway.statuses import NO_ANSWER, Outcome, classify
-from gateway.transcode import to_implicit
+from gateway.statuses import NO_ANSWER, UNSENDABLE, Outcome, classify
+from gateway.transcode import FALLBACKS, convert
 
 if TYPE_CHECKING:
     from clarion.config import GatewayConfig
@@ -93,11 +100,11 @@ class DeliveryStage:
                     self._send(delivery)
             except ClarionError as error:
                 log.warning("delivery.interrupted", delivery=delivery.delivery_id, reason=str(error))
-                return
+                if isinstance(error, TransientError):
+                    return
             except Exception:
                 # The one catch-all of a destination's thread; the delivery is due again by itself.
                 log.exception("delivery.broken", delivery=delivery.delivery_id)
-                return
 
     # Sending ---------------------------------------------------------------------------------------------------
 
@@ -109,25 +116,33 @@ class DeliveryStage:
             return
         attempt = self._outbound.begin_attempt(delivery.delivery_id, self._clock.now() + _CRASHED_ATTEMPT)
         delivery = replace(delivery, attempts=attempt)
-        items = [item for item in self._outbound.items(delivery.delivery_id) if not _done(item)]
+        items = [item for item in self._outbound.items(delivery.delivery_id) if outcome_of(item) is Outcome.AGAIN]
         trouble = ""
         try:
             self._send_items(destination, delivery, items)
         except (PeerUnavailableError, PeerRefusedError, StoreUnavailableError) as error:
             trouble = str(error)
+        except Exception as error:
+            # Ours: it counts as an attempt, so that it ends, and with a reason.
+            log.exception("delivery.broken", delivery=delivery.delivery_id)
+            trouble = describe(error)
         self._settle(delivery, trouble)
 
     def _send_items(self, destination: Destination, delivery: Delivery, items: list[Item]) -> None:
         if not items:
             return
         classes = {(item.instance.sop_class_uid, item.instance.transfer_syntax_uid) for item in items}
-        classes |= {(sop_class, IMPLICIT_LE) for sop_class, _ in classes}
+        classes |= {(sop_class, syntax) for sop_class, _ in classes for syntax in FALLBACKS}
         with self._associate(destination, classes) as peer:
             failed = 0
             for item in items:
-                with effect("delivery.send"):
-                    status = self._send_one(peer, item)
-                self._outbound.answered(delivery.delivery_id, item.instance.sop_instance_uid, status)
+                note = ""
+                try:
+                    with effect("delivery.send"):
+                        status = self._send_one(peer, item)
+                except PermanentError as error:
+                    status, note = UNSENDABLE, str(error)
+                self._outbound.answered(delivery.delivery_id, item.instance.sop_instance_uid, status, note)
                 failed += classify(status) is not Outcome.DONE
                 if failed / len(items) > self._config.delivery.failure_threshold:
                     raise PeerUnavailableError(f"{destination.name}: attempt given up after {failed} failures")
@@ -137,9 +152,10 @@ class DeliveryStage:
         data = self._store.read(instance.object)
         syntax = instance.transfer_syntax_uid
         if not peer.accepts(instance.sop_class_uid, syntax):
-            if not peer.accepts(instance.sop_class_uid, IMPLICIT_LE):
+            target = next((one for one in FALLBACKS if peer.accepts(instance.sop_class_uid, one)), None)
+            if target is None:
                 return _SOP_CLASS_NOT_SUPPORTED
-            data, syntax = to_implicit(data, syntax), IMPLICIT_LE
+            data, syntax = convert(data, syntax, target), target
         try:
             return peer.store(
                 data, sop_class=instance.sop_class_uid, sop_instance=instance.sop_instance_uid, syntax=syntax
@@ -200,7 +216,7 @@ class DeliveryStage:
         except (PeerUnavailableError, PeerRefusedError) as error:
             log.warning("delivery.verifylater", delivery=delivery.delivery_id, reason=str(error))
             if overdue:
-                self._outbound.settle_unverified(delivery.delivery_id, "peer not reachable for proof")
+                self._outbound.settle_unverified(delivery.delivery_id, f"no proof to be had: {error}")
             else:
                 self._outbound.look_again(delivery.delivery_id, self._clock.now() + _CRASHED_ATTEMPT)
 
@@ -243,7 +259,3 @@ class DeliveryStage:
             return
         again = self._again(delivery)
         self._outbound.lost(delivery, missing=missing, now=now, again=now + again if again is not None else None)
-
-
-def _done(item: Item) -> bool:
-    return item.status is not None and classify(item.status) is Outcome.DONE

@@ -134,11 +134,11 @@ class Outbound:
             query = sa.select(_table.c.attempts).where(_table.c.delivery_id == delivery_id)
             return int(connection.execute(query).scalar_one())
 
-    def answered(self, delivery_id: str, sop_instance_uid: str, status: int) -> None:
+    def answered(self, delivery_id: str, sop_instance_uid: str, status: int, note: str = "") -> None:
         """Note the status of one instance."""
         here = sa.and_(_items.c.delivery_id == delivery_id, _items.c.sop_instance_uid == sop_instance_uid)
         with effect("delivery.record"), self._database.transaction() as connection:
-            connection.execute(_items.update().where(here).values(status=status, note=describe(status)))
+            connection.execute(_items.update().where(here).values(status=status, note=note or describe(status)))
 
     def settle_sent(self, delivery: Delivery, *, now: datetime, verify_until: datetime, verify: bool) -> None:
         """Every instance was answered with success: sent."""
@@ -233,9 +233,8 @@ class Outbound:
 
     def requeue(self, names: Iterable[str], now: datetime) -> int:
         """Take up deliveries whose destination was unknown and now is not; gives the count."""
-        here = sa.and_(
-            _table.c.state == FAILED, _table.c.reason == UNKNOWN_DESTINATION, _table.c.destination.in_(list(names))
-        )
+        known = sa.func.lower(_table.c.destination).in_([name.lower() for name in names])
+        here = sa.and_(_table.c.state == FAILED, _table.c.reason == UNKNOWN_DESTINATION, known)
         with self._database.reading() as connection:
             if connection.execute(sa.select(_table.c.delivery_id).where(here)).first() is None:
                 return 0
@@ -271,10 +270,18 @@ def backoff(attempt: int, first_s: float, longest_s: float) -> timedelta:
     return timedelta(seconds=min(longest_s, first_s * 2 ** (attempt - 1)))
 
 
+def outcome_of(item: Item) -> Outcome:
+    """Say what is to be done about one item."""
+    return Outcome.AGAIN if item.status is None else classify(item.status)
+
+
 def judge(items: list[Item]) -> tuple[Outcome, str]:
-    """Judge an attempt by its items: all done, try again, or never, with the reason naming instance and status."""
-    outcomes = [(item, classify(item.status) if item.status is not None else Outcome.AGAIN) for item in items]
-    for wanted in (Outcome.NEVER, Outcome.AGAIN):
+    """Judge an attempt by its items: all done, try again, or never, with the reason naming instance and status.
+
+    While one may still succeed the delivery goes on, though another never will.
+    """
+    outcomes = [(item, outcome_of(item)) for item in items]
+    for wanted in (Outcome.AGAIN, Outcome.NEVER):
         bad = [item for item, outcome in outcomes if outcome is wanted]
         if bad:
             first = bad[0]

@@ -6,7 +6,6 @@ A faster data path replaces this module alone.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 import uuid
@@ -24,7 +23,8 @@ from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from clarion.elements import EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
 from clarion.errors import ResourceBusyError, StoreUnavailableError
 from gateway.access import NO_SPACE, NOT_READY, TOO_MANY, AccessList
-from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
+from gateway.intake import PROCESSING_FAILURE, SUCCESS, Answer, Arrival
+from gateway.transport import Guard
 
 if TYPE_CHECKING:
     from clarion.config import ScpConfig
@@ -42,6 +42,10 @@ _NOT_AUTHORISED = 0x0124
 _CLASS_NOT_SUPPORTED = 0x0122
 _STANDARD_ROOT = "1.2.840.10008."
 _MAX_COMMENT = 64
+# A connection must ask for an association by then, and a PDU that has begun must be whole.
+_STALL_S = 30.0
+# Connections beyond the associations allowed: those that are being refused, or say nothing.
+_SPARE_CONNECTIONS = 32
 _NOT_STORAGE = frozenset((Verification, StorageCommitmentPushModel))
 
 
@@ -75,6 +79,8 @@ class Scp:
         self._space = space
         self._lock = threading.Lock()
         self._open: dict[object, _Association] = {}
+        self._guards: dict[object, Guard] = {}
+        self._max_bytes = int(config.max_instance_gb * 1e9)
         self._draining = False
         self.refused = 0
         self._ae = self._entity()
@@ -102,6 +108,11 @@ class Scp:
         """How many associations are open."""
         return len(self._open)
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open, with an association or without."""
+        return len(self._guards)
+
     def drain(self, deadline_s: float) -> None:
         """Accept no more, let open associations end until the deadline, abort the rest."""
         self._draining = True
@@ -116,6 +127,7 @@ class Scp:
         ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         ae.maximum_pdu_size = self._config.max_pdu
+        ae.acse_timeout = _STALL_S
         # The limit is checked by us, in the order of the specification.
         ae.maximum_associations = 10_000
         if self._config.verification.enabled:
@@ -124,9 +136,14 @@ class Scp:
         return ae
 
     def _connected(self, event: evt.Event) -> None:
-        transport = event.assoc.dul.socket
-        if transport is not None and transport.socket is not None:
-            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        """Bound the connection before a byte of it is read; cut it when there are too many that say nothing."""
+        guard = Guard(event.assoc.dul.socket, stall_s=_STALL_S, max_bytes=self._max_bytes)
+        with self._lock:
+            self._guards[event.assoc] = guard
+            crowded = len(self._guards) > self._config.max_associations + _SPARE_CONNECTIONS
+        if crowded:
+            log.warning("connection.cut", reason="too-many-connections")
+            guard.cut()
 
     def _requested(self, event: evt.Event) -> None:
         assoc = event.assoc
@@ -166,6 +183,9 @@ class Scp:
 
     def _stored(self, event: evt.Event) -> int | Dataset:
         association = self._open.get(event.assoc)
+        guard = self._guards.get(event.assoc)
+        if guard is not None:
+            guard.reset()
         request: Any = event.request
         sop_class_uid = str(request.AffectedSOPClassUID)
         if association is None or not association.is_source:
@@ -200,7 +220,7 @@ class Scp:
             failed = [str(item.ReferencedSOPInstanceUID) for item in report.get("FailedSOPSequence", [])]
             transaction = str(report.TransactionUID)
         except AttributeError:
-            return CANNOT_UNDERSTAND, None
+            return PROCESSING_FAILURE, None
         try:
             self._intake.commitment_reported(association.calling, transaction, stored, failed)
         except StoreUnavailableError:
@@ -210,6 +230,7 @@ class Scp:
     def _ended(self, event: evt.Event, reason: str) -> None:
         with self._lock:
             association = self._open.pop(event.assoc, None)
+            self._guards.pop(event.assoc, None)
         if association is None:
             return
         log.info("association.ended", association=association.id, reason=reason)

@@ -6,15 +6,15 @@ raises PeerUnavailableError; one that refuses the association for good raises Pe
 
 from __future__ import annotations
 
-import socket
+import io
 import threading
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Self
 
 from pydicom import Dataset
+from pydicom.uid import UID
 from pynetdicom import AE, _config, evt
+from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
     StorageCommitmentPushModel,
     StorageCommitmentPushModelInstance,
@@ -22,9 +22,10 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a 
     Verification,
 )
 
-from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, part10
+from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from clarion.elements import EXPLICIT_LE, IMPLICIT_LE
 from clarion.errors import PeerRefusedError, PeerUnavailableError
+from gateway.transport import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
     from clarion.model import Destination
 
-# Send the bytes of a file as they are, in pieces.
-_config.STORE_SEND_CHUNKED_DATASET = True
 _config.LOG_HANDLER_LEVEL = "none"
 
 _PERMANENT = 0x01
 _SUCCESS = 0x0000
+_PROCESSING_FAILURE = 0x0110
+_MEDIUM = 0x0000
 _PENDING = frozenset((0xFF00, 0xFF01))
 
 
@@ -113,16 +114,15 @@ class Requestor:
         ae.add_requested_context(Verification, [EXPLICIT_LE, IMPLICIT_LE])
         ae.add_requested_context(StorageCommitmentPushModel, [EXPLICIT_LE, IMPLICIT_LE])
         ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind, [EXPLICIT_LE, IMPLICIT_LE])
-        handlers: list[Any] = [(evt.EVT_N_EVENT_REPORT, self._report)]
+        self._stall_s = timeouts.dimse_s
+        self._guarded: Guard | None = None
+        handlers: list[Any] = [(evt.EVT_CONN_OPEN, self._guard), (evt.EVT_N_EVENT_REPORT, self._report)]
         self._assoc = ae.associate(
             destination.host, destination.port, ae_title=destination.ae_title, evt_handlers=handlers
         )
         if not self._assoc.is_established:
             self._raise_refusal()
         self._assoc._reactor_checkpoint = _Checkpoint(self._assoc)  # noqa: SLF001  see _Checkpoint
-        transport = self._assoc.dul.socket
-        if transport is not None and transport.socket is not None:
-            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def __enter__(self) -> Self:
         """Use the association."""
@@ -132,10 +132,16 @@ class Requestor:
         """Release it, or abort it after an error: whoever no longer answers would not answer a release either."""
         if not self._assoc.is_established:
             return
-        if kind is None:
-            self._assoc.release()
-        else:
-            self._assoc.abort()
+        # The library first sends what it still has to send; a peer that takes it slowly is cut off.
+        watch = threading.Timer(self._stall_s, self._cut)
+        watch.start()
+        try:
+            if kind is None:
+                self._assoc.release()
+            else:
+                self._assoc.abort()
+        finally:
+            watch.cancel()
 
     def accepts(self, sop_class: str, syntax: str) -> bool:
         """Tell whether the peer takes the class in the syntax."""
@@ -160,15 +166,40 @@ class Requestor:
 
     def store(self, data: bytes, *, sop_class: str, sop_instance: str, syntax: str) -> int:
         """Send a data set as it is; give the status. Raises PeerUnavailableError when the peer does not answer."""
-        file = part10(data, sop_class_uid=sop_class, sop_instance_uid=sop_instance, transfer_syntax_uid=syntax)
-        with NamedTemporaryFile(suffix=".dcm") as temporary:
-            temporary.write(file)
-            temporary.flush()
-            try:
-                answer = self._assoc.send_c_store(Path(temporary.name))
-            except (RuntimeError, ValueError, OSError) as error:
-                raise PeerUnavailableError(f"{self._name}: the association ended while sending") from error
-        return self._status(answer)
+        request = C_STORE()
+        request.MessageID = 1
+        request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(sop_class), UID(sop_instance)
+        request.Priority = _MEDIUM
+        # An empty data set is sent as one, too.
+        request.DataSet = io.BytesIO(data)
+        assoc = self._assoc
+        assoc._reactor_checkpoint.clear()  # noqa: SLF001  the library stores only what it can parse; see _Checkpoint
+        try:
+            assoc.dimse.send_msg(request, self._context(sop_class, syntax))
+            answer = self._answer()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise PeerUnavailableError(f"{self._name}: the association ended while sending") from error
+        finally:
+            assoc._reactor_checkpoint.set()  # noqa: SLF001  as above
+        if not isinstance(answer, C_STORE) or answer.Status is None:
+            raise PeerUnavailableError(f"{self._name}: no answer before the deadline, or the association was aborted")
+        return int(answer.Status)
+
+    def _answer(self) -> object:
+        """Wait for the answer; the deadline begins anew as long as the peer takes bytes."""
+        sent = -1
+        while self._guarded is not None and sent != self._guarded.sent:
+            sent = self._guarded.sent
+            _, answer = self._assoc.dimse.get_msg(block=True)
+            if answer is not None or not self._assoc.is_established:
+                return answer
+        return None
+
+    def _context(self, sop_class: str, syntax: str) -> int:
+        for context in self._assoc.accepted_contexts:
+            if context.abstract_syntax == sop_class and syntax in context.transfer_syntax and context.context_id:
+                return context.context_id
+        raise PeerUnavailableError(f"{self._name}: the peer does not take the class in this transfer syntax")
 
     def ask_commitment(self, transaction_uid: str, instances: Iterable[tuple[str, str]], wait_s: float) -> bool:
         """Ask the peer to commit to (SOP Class, SOP Instance) pairs (PS3.4 J.3.2); tell whether it agreed to answer.
@@ -199,8 +230,12 @@ class Requestor:
         found: set[str] = set()
         try:
             for status, identifier in self._assoc.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
-                if self._status(status) in _PENDING and identifier is not None:
+                code = self._status(status)
+                if code in _PENDING and identifier is not None:
                     found.add(str(identifier.get("SOPInstanceUID", "")))
+                elif code != _SUCCESS:
+                    # A query that failed proves nothing: neither presence nor absence.
+                    raise PeerUnavailableError(f"{self._name}: the query ended with 0x{code:04X}")
         except (RuntimeError, ValueError, OSError) as error:
             raise PeerUnavailableError(f"{self._name}: the association ended during a query") from error
         return found
@@ -213,6 +248,13 @@ class Requestor:
             raise PeerUnavailableError(f"{self._name}: no answer before the deadline, or the association was aborted")
         return int(answer.Status)
 
+    def _guard(self, event: evt.Event) -> None:
+        self._guarded = Guard(event.assoc.dul.socket, stall_s=self._stall_s)
+
+    def _cut(self) -> None:
+        if self._guarded is not None:
+            self._guarded.cut()
+
     def _report(self, event: evt.Event) -> tuple[int, None]:
         try:
             report = event.event_information
@@ -222,7 +264,7 @@ class Requestor:
                 failed=_referenced(report, "FailedSOPSequence"),
             )
         except AttributeError:
-            return 0xC000, None
+            return _PROCESSING_FAILURE, None
         if self._on_report is not None:
             self._on_report(result)
         self._reported.set()

@@ -6,6 +6,8 @@ import enum
 
 NO_ANSWER = -1
 """Stands for a time-out, an abort or a lost connection."""
+UNSENDABLE = -2
+"""Stands for an instance that we cannot send: missing, damaged, or in a transfer syntax that the peer refuses."""
 
 
 class Outcome(enum.StrEnum):
@@ -17,7 +19,7 @@ class Outcome(enum.StrEnum):
 
 
 _WARNINGS = {0xB000: "coercion of data elements", 0xB006: "elements discarded", 0xB007: "data set does not match class"}
-_PERMANENT = frozenset((0x0122, 0x0124))
+_PERMANENT = frozenset((0x0122, 0x0124, UNSENDABLE))
 _REFUSED, _MISMATCH, _CANNOT_UNDERSTAND = 0xA7, 0xA9, 0xC
 
 
@@ -34,6 +36,8 @@ def describe(status: int) -> str:
     """Say a status to a person."""
     if status == NO_ANSWER:
         return "no answer"
+    if status == UNSENDABLE:
+        return "cannot be sent"
     known = "success" if status == 0 else _WARNINGS.get(status, "")
     if not known and status >> 8 == _REFUSED:
         known = "out of resources"

@@ -52,7 +52,7 @@ class Pages:
         self._store = store
         self._templates = Jinja2Templates(directory=_HERE / "templates")
         self._templates.env.filters.update(clock=_clock, size=_size)
-        self._token = config.console.token.get_secret_value() if config.console.token else None
+        self._token = None if config.console.token is None else config.console.token.get_secret_value()
 
     def application(self) -> FastAPI:
         """Make the application."""

@@ -1,0 +1,198 @@
+"""Peers that stop, claim too much or never speak: every one is cut off within its deadline, and costs nobody else."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.world import free_port, pause
+
+from clarion.adapters.files import FileStore
+from clarion.adapters.memory import ManualClock
+from clarion.config import GatewayConfig
+from clarion.errors import PeerUnavailableError
+from clarion.model import Destination
+from clarion.testing.pacs import Pacs
+from clarion.testing.suites import MOMENT
+from gateway import scp as scp_module
+from gateway.access import AccessList
+from gateway.intake import Intake
+from gateway.journal import JournalWriter
+from gateway.scp import Scp
+from gateway.scu import Requestor, Timeouts
+from gateway.space import Space
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+EXPLICIT = "1.2.840.10008.1.2.1"
+
+
+@dataclass
+class Listening:
+    scp: Scp
+    port: int
+
+    def requestor(self) -> Requestor:
+        peer = Destination(name="us", ae_title="B", host="127.0.0.1", port=self.port)
+        timeouts = Timeouts(connect_s=5, dimse_s=5)
+        return Requestor(peer, own_ae="A", classes=[(CT, EXPLICIT)], timeouts=timeouts)
+
+
+@pytest.fixture
+def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
+    """The real SCP with a short deadline, room for four associations, and data sets of up to 3 MB."""
+    monkeypatch.setattr(scp_module, "_STALL_S", 1.0)
+    monkeypatch.setattr(scp_module, "_SPARE_CONNECTIONS", 4)
+    port = free_port()
+    config = GatewayConfig.model_validate({
+        "scp": {"port": port, "max_associations": 4, "max_instance_gb": 0.003},
+        "ae_titles": [{"ae_title": "B"}],
+        "sources": [{"ae_title": "A", "host": "127.0.0.1"}],
+        "intake": {"watermark_percent": 100, "reserve_gb": 0},
+    })  # fmt: skip
+    space = Space(tmp_path, config.intake)
+    journal = JournalWriter(tmp_path / "journal", ManualClock(MOMENT))
+    intake = Intake(
+        store=FileStore(tmp_path / "objects"), journal=journal, space=space, ignored_classes={}, wake=lambda: None
+    )
+    scp = Scp(config.scp, access=AccessList(config), intake=intake, space=space)
+    yield Listening(scp, port)
+    scp.drain(1)
+
+
+def until(condition: Callable[[], bool], what: str, deadline_s: float = 20) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, what
+        pause(0.02)
+
+
+def is_cut(connection: socket.socket) -> bool:
+    """Tell whether the other side has ended the connection, orderly or not."""
+    connection.settimeout(0.01)
+    try:
+        return connection.recv(1000) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("said", [b"", b"\x01\x00\x00", struct.pack(">BBL", 1, 0, 4_000_000_000) + bytes(100)])
+def test_half_a_pdu_does_not_hold_a_thread(listening: Listening, said: bytes) -> None:
+    """Bites: leave the library's own reading in place and the threads stay for ever."""
+    before = threading.active_count()
+    with ExitStack() as stack:
+        for _ in range(3):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", listening.port), 5))
+            connection.sendall(said)
+            if not said:
+                connection.close()
+        until(lambda: threading.active_count() <= before, "the threads have gone")
+    with listening.requestor() as peer:
+        assert peer.echo() == 0
+
+
+def test_drip_feeding_is_a_stall(listening: Listening) -> None:
+    with socket.create_connection(("127.0.0.1", listening.port), 5) as connection:
+        connection.sendall(struct.pack(">BBL", 1, 0, 10_000))
+        begun = time.monotonic()
+        while not is_cut(connection) and time.monotonic() < begun + 20:
+            try:
+                connection.sendall(b"\0")
+            except OSError:
+                return
+        assert time.monotonic() < begun + 20, "a byte now and then kept the connection"
+
+
+def test_silent_connections_leave_room_for_those_who_speak(listening: Listening) -> None:
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", listening.port), 5)) for _ in range(30)]
+        until(lambda: sum(is_cut(one) for one in silent) >= 22, "the surplus is cut")
+        silent[0].close()
+    until(lambda: listening.scp.connections == 0, "closed connections are forgotten")
+    with listening.requestor() as peer:
+        assert peer.echo() == 0
+
+
+def test_a_data_set_beyond_the_limit_is_cut_and_the_next_is_taken(listening: Listening) -> None:
+    element = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 8_000_000) + bytes(8_000_000)
+    with pytest.raises(PeerUnavailableError), listening.requestor() as peer:
+        peer.store(element, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT)
+    with listening.requestor() as peer:
+        for _ in range(3):
+            # The limit is per data set, not per association.
+            small = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 2_000_000) + bytes(2_000_000)
+            assert peer.store(small, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT) == 0xC000
+
+
+@contextmanager
+def stalling_proxy(target: int, mode: str) -> Iterator[int]:
+    """Pass everything on until the first P-DATA of the client; then stop: `noread`, read a little now and then
+    (`slow`), or read all and answer with `half` a PDU."""
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(20)
+    ends: list[socket.socket] = [server]
+    stop = threading.Event()
+
+    def serve() -> None:
+        client, _ = server.accept()
+        if mode != "half":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        upstream = socket.create_connection(("127.0.0.1", target), 5)
+        ends.extend((client, upstream))
+        upstream.sendall(client.recv(65536))
+        client.sendall(upstream.recv(65536))
+        client.recv(10)
+        if mode == "half":
+            client.sendall(struct.pack(">BBL", 4, 0, 1000) + b"abc")
+            while not stop.is_set() and client.recv(65536):
+                pass
+        while mode == "slow" and not stop.wait(0.2) and client.recv(65536):
+            pass
+        stop.wait(60)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield server.getsockname()[1]
+    finally:
+        stop.set()
+        for one in ends:
+            one.close()
+        thread.join(5)
+
+
+@pytest.mark.parametrize("mode", ["noread", "half", "slow"])
+def test_a_destination_that_stops_is_given_up_within_its_deadline(mode: str, tmp_path: Path) -> None:
+    """Bites: without the guard the sender's thread hangs for ever, and the destination is never served again.
+
+    A slow one that goes on taking bytes is waited for; it is cut when we no longer want to.
+    """
+    port = free_port()
+    pacs = Pacs(tmp_path / "pacs", ae_title="PACS", port=port, callers={})
+    with stalling_proxy(port, mode) as through:
+        peer = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=through)
+        raised: list[BaseException] = []
+
+        def send() -> None:
+            data = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 30_000_000) + bytes(30_000_000)
+            timeouts = Timeouts(connect_s=2, dimse_s=2)
+            try:
+                with Requestor(peer, own_ae="A", classes=[(CT, EXPLICIT)], timeouts=timeouts) as scu:
+                    scu.store(data, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT)
+            except PeerUnavailableError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        thread.join(6 if mode == "slow" else 30)
+        assert thread.is_alive() == (mode == "slow")
+        assert len(raised) == (mode != "slow")
+    pacs.stop()
