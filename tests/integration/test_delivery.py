@@ -1,0 +1,255 @@
+"""Delivery against real peers that refuse, lose, lie or take only implicit VR."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
+    CTImageStorage,
+    StudyRootQueryRetrieveInformationModelFind,
+)
+from support.dcmtk import ENVIRONMENT, tool
+from support.processes import wait_for_port
+from support.world import free_port, pause
+
+from clarion.adapters.database import Database
+from clarion.adapters.embedded import EmbeddedBus
+from clarion.adapters.memory import ManualClock, MemoryStore
+from clarion.config import GatewayConfig
+from clarion.dicom import split_part10
+from clarion.events import DeliveryRequested
+from clarion.model import JobId, ObjectRef, ResultInstance, ResultSet, SeriesUid, SopInstanceUid, StudyUid
+from clarion.testing.suites import MOMENT
+from gateway import tables
+from gateway.delivery import DeliveryStage
+from gateway.outbound import DeliveryRequests, Outbound
+
+EXPLICIT = str(ExplicitVRLittleEndian)
+INSTANCES = 4
+
+
+def data_set(number: int) -> Dataset:
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, f"1.2.3.{number}"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientName = "1.2", "1.2.3", "Test^Delivery"
+    ds.Rows = ds.Columns = 2
+    ds.BitsAllocated = 16
+    ds.PixelData = bytes(range(8))
+    ds["PixelData"].VR = "OW"
+    return ds
+
+
+def encoded(ds: Dataset) -> bytes:
+    out = io.BytesIO()
+    ds.file_meta = Dataset()
+    dcmwrite(out, ds, implicit_vr=False, little_endian=True, enforce_file_format=False)
+    return out.getvalue()
+
+
+class Rig:
+    def __init__(self, root: Path, port: int) -> None:
+        self.clock = ManualClock(MOMENT)
+        self.store = MemoryStore()
+        self.database = Database(f"sqlite:///{root / 'clarion.db'}")
+        self.database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
+        bus = EmbeddedBus(self.database, self.clock)
+        bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
+        config = GatewayConfig.model_validate({
+            "destinations": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": port}],
+            "delivery": {"max_retries": 2, "connect_timeout_s": 3, "dimse_timeout_s": 3, "failure_threshold": 1},
+        })  # fmt: skip
+        outbound = Outbound(self.database)
+        self.stage = DeliveryStage(config=config, bus=bus, outbound=outbound, store=self.store, clock=self.clock)
+        self.bus = bus
+
+    def request(self, *, missing: int | None = None) -> None:
+        instances = []
+        for number in range(INSTANCES):
+            data = encoded(data_set(number))
+            ref = self.store.put(data)
+            if number == missing:
+                ref = ObjectRef(location="memory:0", digest=hashlib.sha256(b"gone").hexdigest(), size_bytes=4)
+            instances.append(ResultInstance(
+                output="o", modality="CT", study_uid=StudyUid("1.2"), series_uid=SeriesUid("1.2.3"),
+                sop_instance_uid=SopInstanceUid(f"1.2.3.{number}"), sop_class_uid=CTImageStorage,
+                transfer_syntax_uid=EXPLICIT, object=ref,
+            ))  # fmt: skip
+        result_set = self.store.put(ResultSet(job_id=JobId("j"), instances=tuple(instances)).encode())
+        event = DeliveryRequested(
+            subject="d", sequence=1, time=MOMENT, source="t", job_id="j", destination="pacs",
+            result_set=result_set, instances=INSTANCES,
+        )  # fmt: skip
+        self.bus.publish([event])
+
+    def settle(self) -> Any:
+        for _ in range(2000):
+            self.stage.step()
+            if self.stage.idle():
+                if self.row() is not None and self.row().state in {"verified", "unverified", "failed"}:
+                    return self.row()
+                self.clock.advance(timedelta(seconds=2))
+            pause(0.005)
+        raise AssertionError(f"never settled: {self.row()}")
+
+    def row(self) -> Any:
+        with self.database.reading() as connection:
+            return connection.execute(sa.select(tables.deliveries)).one_or_none()
+
+
+@dataclass
+class Peer:
+    port: int
+    stored: dict[str, int]
+
+
+@contextmanager
+def peer(
+    store: Callable[[str, int], int] = lambda *_: 0, find: Callable[[str], int] = lambda _: 0xFF00
+) -> Iterator[Peer]:
+    """A PACS without storage commitment: `store` gives the status of the n-th arrival, `find` 0xFF00 or an error."""
+    stored: dict[str, int] = {}
+
+    def on_store(event: evt.Event) -> int:
+        uid = str(event.request.AffectedSOPInstanceUID)
+        stored[uid] = stored.get(uid, 0) + 1
+        return store(uid, stored[uid])
+
+    def on_find(_: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        for uid in list(stored):
+            status = find(uid)
+            if status != 0xFF00:
+                yield status, None
+                return
+            answer = Dataset()
+            answer.SOPInstanceUID = uid
+            yield 0xFF00, answer
+
+    ae = AE(ae_title="PACS")
+    ae.add_supported_context(CTImageStorage, [EXPLICIT])
+    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    port = free_port()
+    handlers = [(evt.EVT_C_STORE, on_store), (evt.EVT_C_FIND, on_find)]
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)  # type: ignore[arg-type]
+    try:
+        yield Peer(port, stored)
+    finally:
+        assert server is not None
+        server.shutdown()
+
+
+def test_verified_by_query(tmp_path: Path) -> None:
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        assert (rig.settle().state, rig.row().reason) == ("verified", "query")
+        assert set(pacs.stored.values()) == {1}
+
+
+def test_a_query_that_fails_is_no_proof_of_loss(tmp_path: Path) -> None:
+    """Bites: take the answers of a failed query for the whole truth, and everything is sent again."""
+    with peer(find=lambda _: 0xA700) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        row = rig.settle()
+        assert row.state == "unverified"
+        assert "0xA700" in row.reason
+        assert set(pacs.stored.values()) == {1}
+
+
+def test_what_the_peer_lost_is_sent_again_alone(tmp_path: Path) -> None:
+    """It answers success for everything and keeps one of them only the second time."""
+    arrivals: list[str] = []
+    with peer(lambda uid, _: arrivals.append(uid) or 0) as pacs:  # type: ignore[func-returns-value]
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        while len(arrivals) < INSTANCES or not rig.stage.idle():
+            rig.stage.step()
+            pause(0.005)
+        del pacs.stored["1.2.3.2"]
+        assert rig.settle().state == "verified"
+    assert sorted(arrivals) == ["1.2.3.0", "1.2.3.1", "1.2.3.2", "1.2.3.2", "1.2.3.3"]
+
+
+def test_one_permanent_refusal_does_not_keep_the_others_back(tmp_path: Path) -> None:
+    """0xA900 for one, 0xA700 once for another: the second arrives, the first is not sent again, and is named."""
+
+    def status(uid: str, times: int) -> int:
+        if uid == "1.2.3.1":
+            return 0xA900
+        return 0xA700 if uid == "1.2.3.2" and times == 1 else 0
+
+    with peer(status) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        row = rig.settle()
+        assert row.state == "failed"
+        assert "1 of 4" in row.reason
+        assert "1.2.3.1" in row.reason
+        assert "0xA900" in row.reason
+        assert pacs.stored == {"1.2.3.0": 1, "1.2.3.1": 1, "1.2.3.2": 2, "1.2.3.3": 1}
+
+
+def test_an_instance_that_cannot_be_sent_fails_by_name(tmp_path: Path) -> None:
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request(missing=2)
+        row = rig.settle()
+        assert row.state == "failed"
+        assert "1.2.3.2: cannot be sent" in row.reason
+        assert sorted(pacs.stored) == ["1.2.3.0", "1.2.3.1", "1.2.3.3"]
+
+
+def test_transient_refusals_end_with_the_budget(tmp_path: Path) -> None:
+    with peer(lambda *_: 0xA700) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        row = rig.settle()
+        assert (row.state, row.attempts) == ("failed", 3)
+        assert "0xA700 out of resources" in row.reason
+        assert set(pacs.stored.values()) == {3}
+
+
+def test_trouble_of_ours_ends_with_the_budget_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        monkeypatch.setattr("gateway.delivery.Requestor.store", lambda *_, **__: 1 / 0)
+        rig.request()
+        row = rig.settle()
+        assert (row.state, row.attempts) == ("failed", 3)
+        assert "ZeroDivisionError" in row.reason
+
+
+def test_a_peer_that_takes_only_implicit_vr_gets_the_same_data_sets(tmp_path: Path) -> None:
+    """Bites: write preamble and file meta information before the data set, and storescp keeps garbage as a success."""
+    port, received = free_port(), tmp_path / "received"
+    received.mkdir()
+    command = [tool("storescp"), "--fork", "+xi", "+B", "-od", str(received), "-aet", "PACS", str(port)]
+    storescp = subprocess.Popen(command, env=ENVIRONMENT)
+    try:
+        wait_for_port(port, storescp)
+        rig = Rig(tmp_path, port)
+        rig.request()
+        assert rig.settle().state == "unverified"
+    finally:
+        storescp.kill()
+    files = [path for path in received.iterdir() if path.is_file()]
+    assert len(files) == INSTANCES
+    for path in files:
+        ds = dcmread(path)
+        assert ds.file_meta.TransferSyntaxUID.is_implicit_VR
+        again = data_set(int(str(ds.SOPInstanceUID).rpartition(".")[2]))
+        assert Dataset(ds) == again
+        assert split_part10(path.read_bytes())[0][:4] == b"\x08\x00\x16\x00"
