@@ -17,8 +17,8 @@ class EventBus(Protocol):
     """Carries events at least once, in order per subject.
 
     A handler's outgoing events are published before the incoming event counts as handled. A handler that raises a
-    TransientError gets the same event again after `retry_after_s`; a PermanentError makes a dead letter; anything
-    else is tried a few times and then makes a dead letter.
+    TransientError gets the same event again after `retry_after_s`, for an hour; a PermanentError makes a dead letter;
+    anything else is tried a few times and then makes a dead letter.
     """
 
     def publish(self, events: Iterable[Event]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,8 @@ def _run(command: Callable[[], int]) -> None:
     from clarion.errors import ClarionError  # noqa: PLC0415  quick --help
     from console.exits import INTERRUPTED, status_of  # noqa: PLC0415  quick --help
 
+    # Whatever is written is the owner's alone, also below a folder that others may enter.
+    os.umask(0o077)
     try:
         status = command()
     except ClarionError as error:

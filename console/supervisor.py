@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from clarion.adapters.database import Database
 from clarion.errors import ResourceBusyError
 from clarion.service import read_heartbeats
-from console.app import lock
+from console.app import create_tables, lock
 from console.serve import SUPERVISED_BY
 from console.stages import STAGES
 
@@ -56,6 +57,7 @@ class Supervisor:
         self._config = checked.path
         self._log_file = log_file
         self._data: Path = checked.config.data
+        self._url = checked.config.database_url
         self._lock = lock(self._data, "clarion")
         self._stop = threading.Event()
         self._children: dict[str, _Child] = {}
@@ -63,6 +65,9 @@ class Supervisor:
     def start(self) -> None:
         """Start every stage and wait until each says that it runs. Raises ResourceBusyError when one cannot."""
         begun = time.time()
+        database = Database(self._url)
+        create_tables(database)
+        database.close()
         for stage in STAGES:
             self._children[stage] = _Child(stage, self._spawn(stage), time.monotonic())
         end = time.monotonic() + READY_S

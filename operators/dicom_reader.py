@@ -26,6 +26,9 @@ _Slices = list[tuple["Path", Dataset]]
 _REGULAR_PART, _REGULAR_MM = 0.01, 0.01
 
 
+_INT16 = np.iinfo(np.int16)
+
+
 class DicomReader:
     """Reads the one series of a modality that the payload clearly holds."""
 
@@ -116,7 +119,9 @@ def _frames_scattered(headers: list[Dataset]) -> bool:
 def _decode(ordered: _Slices) -> NDArray[Any]:
     first = ordered[0][1]
     whole = all(_is_whole(ds) for _, ds in ordered)
-    array = np.empty((len(ordered), int(first.Rows), int(first.Columns)), dtype=np.int16 if whole else np.float32)
+    array: NDArray[Any] = np.empty(
+        (len(ordered), int(first.Rows), int(first.Columns)), dtype=np.int16 if whole else np.float32
+    )
     for index, (path, header) in enumerate(ordered):
         if int(header.get("SamplesPerPixel", 1)) != 1:
             raise UnreadableSeriesError("colour", "a volume needs one sample per pixel")
@@ -124,12 +129,15 @@ def _decode(ordered: _Slices) -> NDArray[Any]:
             stored = dcmread(path).pixel_array
         except Exception as error:
             # A decoder may raise anything; the instance is named, the pixels are not used.
-            raise UnreadableSeriesError("undecodable", f"{header.SOPInstanceUID}: {error}") from error
+            said = f"{header.SOPInstanceUID} ({header.file_meta.TransferSyntaxUID.name}): {type(error).__name__}"
+            raise UnreadableSeriesError("undecodable", said) from error
         if stored.shape != array.shape[1:]:
             raise UnreadableSeriesError("multi-frame", f"an instance has shape {stored.shape}, not rows x columns")
         slope, intercept = float(header.get("RescaleSlope", 1)), float(header.get("RescaleIntercept", 0))
-        values = stored.astype(np.int32) * int(slope) + int(intercept) if whole else stored * slope + intercept
-        array[index] = np.clip(values, -32768, 32767) if whole else values
+        values = stored.astype(np.int64) * int(slope) + int(intercept) if whole else stored * slope + intercept
+        if array.dtype == np.int16 and (values.min() < _INT16.min or values.max() > _INT16.max):
+            array = array.astype(np.float32)
+        array[index] = values
     return array
 
 

@@ -1,9 +1,9 @@
 """The result gate: reads what was written with a parser of its own and says which rules it breaks.
 
 Nothing leaves that the gate has a finding about (writers specification, section 4). Rules here: G01 whole encoding,
-G02 type 1 attributes, G03 UIDs and numbers, G04 patient, study and frame of reference of the source, G05 UIDs unique,
-G06 references resolve, G07 and G08 SEG geometry and frames, G10 SEG voxels equal the labels, G11 contours closed and
-in plane, G13 SR content complete, G16 qualification marked and no private element.
+G02 type 1 attributes, G04 patient, study and frame of reference of the source, G05 UIDs derived and unique, G06
+references resolve, G07 to G09 SEG geometry, frames and segment numbers, G10 SEG voxels equal the labels, G11 contours
+closed and in plane, G13 SR content complete, G16 qualification marked and no private element.
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ def check_results(results: list[tuple[str, Path]], source: list[Dataset], labels
             findings.append(Finding(rule="G01", output=output, detail=str(error)))
     if not results:
         findings.append(Finding(rule="G08", output="", detail="the job made no result"))
+    # References may go to anything in the payload; what a result is about is the series that was labelled.
     known = {str(ds.SOPInstanceUID): str(ds.SOPClassUID) for ds in source}
+    if labels is not None:
+        labelled = {one.sop_instance_uid for one in labels.volume.sources}
+        source = [ds for ds in source if str(ds.SOPInstanceUID) in labelled]
     known |= {view.text(_SOP_INSTANCE): view.text(_SOP_CLASS) for view in views}
     seen: set[str] = set()
     for view in views:
@@ -146,10 +150,16 @@ def _nesting(view: View) -> Iterator[tuple[str, str]]:
 
 
 def _same_as_source(view: View, source: list[Dataset]) -> Iterator[tuple[str, str]]:
-    for keyword, tag in _EQUAL_TO_SOURCE:
-        allowed = {_plain(ds, keyword) for ds in source}
-        if view.raw(tag).strip(b" \0") not in allowed:
-            yield "G04", f"{keyword} is not that of the source"
+    # All of one instance's: the patient of one study and the number of another must not pass together.
+    said = tuple(view.raw(tag).strip(b" \0") for _, tag in _EQUAL_TO_SOURCE)
+    wanted = {tuple(_plain(ds, keyword) for keyword, _ in _EQUAL_TO_SOURCE) for ds in source}
+    if said not in wanted:
+        nearest = max(wanted, key=lambda one: sum(a == b for a, b in zip(one, said, strict=True)), default=())
+        for (keyword, _), is_, be in zip(_EQUAL_TO_SOURCE, said, nearest, strict=False):
+            if is_ != be:
+                yield "G04", f"{keyword} is not that of the source"
+        if not nearest:
+            yield "G04", "nothing is known of the source"
     if _FRAME_OF_REFERENCE in view.top:
         frames = {str(ds.get("FrameOfReferenceUID", "")) for ds in source}
         if view.text(_FRAME_OF_REFERENCE) not in frames:

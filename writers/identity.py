@@ -6,8 +6,9 @@ Everything is derived from the job, so a second attempt writes the same UIDs and
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Self
 
 from pydicom import Dataset, FileMetaDataset
@@ -28,6 +29,8 @@ MANUFACTURER = "Clarion"
 NOT_FOR_CLINICAL_USE = "Not for clinical use"
 QUALIFICATION = "RESEARCH"
 SERIES_BASE = 9000
+# Thresholds, components, closing (PS3.16 CID 7162).
+ALGORITHM_FAMILY = ("123104", "DCM", "Morphological Operations")
 NUMBERS = {"seg": 1, "rtstruct": 2, "sr": 3, "overview": 6}
 
 # Patient, Study, Patient Study and Clinical Trial attributes that results share with their source (PS3.3 C.7.1, C.7.2).
@@ -78,15 +81,19 @@ class JobIdentity:
         """Derive a UID of this job's."""
         return derive_uid(self.job_id, kind, *parts)
 
-    @property
-    def date(self) -> str:
-        """The job's request as a DICOM date."""
-        return f"{self.requested:%Y%m%d}"
+    def moment(self, ds: Dataset) -> tuple[str, str]:
+        """Give the job's request as date and time in the zone that the data set is in, else in that of this machine."""
+        there = _zone(str(ds.get("TimezoneOffsetFromUTC") or ""))
+        local = self.requested.astimezone(there)
+        return f"{local:%Y%m%d}", f"{local:%H%M%S.%f}"
 
-    @property
-    def time(self) -> str:
-        """The job's request as a DICOM time."""
-        return f"{self.requested:%H%M%S.%f}"
+
+def _zone(offset: str) -> timezone | None:
+    """Read Timezone Offset From UTC (PS3.3 C.12.1.1.8); None when it is absent or not one."""
+    if re.fullmatch(r"[+-](0\d|1[0-4])[0-5]\d", offset) is None:
+        return None
+    minutes = int(offset[1:3]) * 60 + int(offset[3:])
+    return timezone(timedelta(minutes=-minutes if offset[0] == "-" else minutes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,21 @@ def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
         del target.SpecificCharacterSet
 
 
+def neutral(ds: Dataset) -> Dataset:
+    """Give a header as highdicom bears it: type 2 attributes present, no character set that it would not take.
+
+    What a result says of patient and study is copied from the source afterwards, in the source's own encoding.
+    """
+    whole = Dataset()
+    whole.update(ds)
+    if "SpecificCharacterSet" in whole:
+        del whole.SpecificCharacterSet
+    for keyword in (*_TYPE_2, *_TYPE_2_STUDY):
+        setattr(whole, keyword, "")
+    whole.file_meta = ds.file_meta
+    return whole
+
+
 def stamp(ds: Dataset, job: JobIdentity, kind: str, *, label: str, modality: str) -> None:
     """Set a result's identity: UIDs, numbers, times, equipment, description."""
     ds.Modality = modality
@@ -140,10 +162,11 @@ def stamp(ds: Dataset, job: JobIdentity, kind: str, *, label: str, modality: str
     ds.SeriesInstanceUID = job.uid(kind, "series")
     ds.SeriesNumber, ds.InstanceNumber = SERIES_BASE + NUMBERS[kind], 1
     ds.SeriesDescription = f"AI {job.pipeline} {label}"[:64]
-    ds.InstanceCreationDate = ds.SeriesDate = job.date
-    ds.InstanceCreationTime = ds.SeriesTime = job.time
+    date, time = job.moment(ds)
+    ds.InstanceCreationDate = ds.SeriesDate = date
+    ds.InstanceCreationTime = ds.SeriesTime = time
     if modality != "RTSTRUCT":
-        ds.ContentDate, ds.ContentTime = job.date, job.time
+        ds.ContentDate, ds.ContentTime = date, time
     ds.InstanceCreatorUID = IMPLEMENTATION_CLASS_UID
     ds.Manufacturer, ds.ManufacturerModelName = MANUFACTURER, job.pipeline
     ds.DeviceSerialNumber, ds.SoftwareVersions = job.pipeline_version, importlib.metadata.version("clarion-gateway")

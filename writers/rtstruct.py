@@ -17,6 +17,7 @@ from clarion.errors import OperatorError
 from clarion.labels import load_labels
 from writers.contours import trace
 from writers.identity import (
+    ALGORITHM_FAMILY,
     NOT_FOR_CLINICAL_USE,
     JobIdentity,
     SourceSeries,
@@ -71,7 +72,7 @@ def write_structure_set(labels: Labels, source: SourceSeries, job: JobIdentity) 
     ds.OperatorsName = None
     ds.StructureSetLabel = job.pipeline[:16]
     ds.StructureSetDescription = "; ".join((NOT_FOR_CLINICAL_USE, *labels.volume.report))[:1024]
-    ds.StructureSetDate, ds.StructureSetTime = job.date, job.time
+    ds.StructureSetDate, ds.StructureSetTime = job.moment(ds)
     ds.ApprovalStatus = "UNAPPROVED"
     frame_of_reference = labels.volume.geometry.frame_of_reference_uid
     ds.FrameOfReferenceUID = frame_of_reference
@@ -104,7 +105,7 @@ def _roi(number: int, segment: Segment, labels: Labels, frame_of_reference: str)
     roi.ROINumber, roi.ReferencedFrameOfReferenceUID = number, frame_of_reference
     roi.ROIName, roi.ROIGenerationAlgorithm = segment.name, "AUTOMATIC"
     algorithm = Dataset()
-    algorithm.AlgorithmFamilyCodeSequence = [code("123105", "DCM", "Region Growing")]
+    algorithm.AlgorithmFamilyCodeSequence = [code(*ALGORITHM_FAMILY)]
     algorithm.AlgorithmName, algorithm.AlgorithmVersion = labels.algorithm.name, labels.algorithm.version
     roi.ROIDerivationAlgorithmIdentificationSequence = [algorithm]
     return roi

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 import highdicom as hd
 import numpy as np
-from pydicom import Dataset
 
 from clarion.errors import OperatorError
 from clarion.labels import load_labels
 from writers.identity import (
+    ALGORITHM_FAMILY,
     MANUFACTURER,
     NOT_FOR_CLINICAL_USE,
     JobIdentity,
     SourceSeries,
     add_contributing_equipment,
     copy_patient_and_study,
+    neutral,
     read_source,
     save,
     stamp,
@@ -26,21 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from pydicom import Dataset
+
     from clarion.labels import Labels, Segment
     from clarion.plugins import Workspace
 
 KIND = "seg"
-_NEEDED = (
-    ("PatientName", ""),
-    ("PatientID", ""),
-    ("PatientBirthDate", ""),
-    ("PatientSex", ""),
-    ("AccessionNumber", ""),
-    ("StudyID", ""),
-    ("StudyDate", ""),
-    ("StudyTime", ""),
-    ("ReferringPhysicianName", ""),
-)
 
 
 class SegWriter:
@@ -69,7 +61,7 @@ def write_segmentation(labels: Labels, source: SourceSeries, job: JobIdentity) -
     segments = written_segments(labels)
     if not segments:
         raise OperatorError("no segment has a voxel; an empty SEG is not written")
-    headers = [_complete(ds) for ds in source.headers]
+    headers = [neutral(ds) for ds in source.headers]
     masks = np.stack([labels.mask(one) for one in segments], axis=-1)
     seg = hd.seg.Segmentation(
         source_images=headers,
@@ -97,19 +89,6 @@ def write_segmentation(labels: Labels, source: SourceSeries, job: JobIdentity) -
     return seg
 
 
-def _complete(ds: Dataset) -> Dataset:
-    """Give highdicom the type 2 attributes it insists on; what the result says of them is copied from the source."""
-    if all(keyword in ds for keyword, _ in _NEEDED):
-        return ds
-    whole = Dataset()
-    whole.update(ds)
-    whole.file_meta = ds.file_meta
-    for keyword, empty in _NEEDED:
-        if keyword not in whole:
-            setattr(whole, keyword, empty)
-    return whole
-
-
 def _description(number: int, segment: Segment, labels: Labels, job: JobIdentity) -> hd.seg.SegmentDescription:
     identifier, uid = tracking(job, segment)
     return hd.seg.SegmentDescription(
@@ -123,7 +102,7 @@ def _description(number: int, segment: Segment, labels: Labels, job: JobIdentity
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=labels.algorithm.name,
             version=labels.algorithm.version,
-            family=hd.sr.CodedConcept("123105", "DCM", "Region Growing"),
+            family=hd.sr.CodedConcept(*ALGORITHM_FAMILY),
         ),
         tracking_uid=uid,
         tracking_id=identifier,

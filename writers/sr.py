@@ -16,6 +16,7 @@ from writers.identity import (
     SourceSeries,
     add_contributing_equipment,
     copy_patient_and_study,
+    neutral,
     read_source,
     save,
     stamp,
@@ -69,7 +70,7 @@ def write_measurement_report(
     )
     evidence = [*source.headers, seg]
     report = hd.sr.Comprehensive3DSR(
-        evidence=[_complete(ds) for ds in evidence],
+        evidence=[neutral(ds) for ds in evidence],
         content=content,
         series_instance_uid=job.uid(KIND, "series"),
         series_number=1,
@@ -84,17 +85,6 @@ def write_measurement_report(
     report.CompletionFlagDescription = NOT_FOR_CLINICAL_USE
     add_contributing_equipment(report, source.first, labels)
     return report
-
-
-def _complete(ds: Dataset) -> Dataset:
-    """Give highdicom the type 2 attributes it insists on."""
-    whole = Dataset()
-    whole.update(ds)
-    for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
-        whole.setdefault(keyword, "")
-    for keyword in ("StudyDate", "StudyTime", "ReferringPhysicianName"):
-        whole.setdefault(keyword, "")
-    return whole
 
 
 def _observer(job: JobIdentity) -> hd.sr.ObservationContext:

@@ -15,7 +15,7 @@ import structlog
 
 from clarion.codec import Record, decode, encode
 from clarion.crashpoints import effect
-from clarion.errors import PermanentError, TransientError, describe
+from clarion.errors import BusUnavailableError, PermanentError, TransientError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _BATCH = 200
+# A record that a handler could not bear for so long, though it asked for patience, is set aside.
+PATIENCE_S = 3600.0
 
 tables = sa.MetaData()
 events_table = sa.Table(
@@ -85,6 +87,7 @@ class _Subscription:
     handler: StreamHandler
     tries: int = 0
     paused_until: float = 0.0
+    troubled_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +114,11 @@ class DeadLetter:
 class EmbeddedBus:
     """The EventBus over the `events` table. One thread at a time; several processes at once."""
 
-    def __init__(self, database: Database, clock: Clock, *, tries: int = 5) -> None:
+    def __init__(self, database: Database, clock: Clock, *, tries: int = 5, patience_s: float = PATIENCE_S) -> None:
         self._database = database
         self._clock = clock
         self._tries = tries
+        self._patience_s = patience_s
         self._subscriptions: dict[str, _Subscription] = {}
         database.create("bus", tables, SCHEMA_VERSION)
 
@@ -172,9 +176,15 @@ class EmbeddedBus:
         try:
             self.publish(subscription.handler.handle(decode(record)))
         except TransientError as error:
-            log.warning("handler.paused", consumer=consumer, kind=row.kind, error=type(error).__name__)
-            subscription.paused_until = self._clock.monotonic() + error.retry_after_s
-            return False
+            now = self._clock.monotonic()
+            since = now if subscription.troubled_since is None else subscription.troubled_since
+            subscription.troubled_since = since
+            # While the bus itself is the trouble, no dead letter could be written either.
+            if isinstance(error, BusUnavailableError) or now - since <= self._patience_s:
+                log.warning("handler.paused", consumer=consumer, kind=row.kind, error=type(error).__name__)
+                subscription.paused_until = now + error.retry_after_s
+                return False
+            self._bury(consumer, row, error, tries=1)
         except PermanentError as error:
             self._bury(consumer, row, error, tries=1)
         except Exception as error:
@@ -185,7 +195,7 @@ class EmbeddedBus:
                 log.warning("handler.failed", consumer=consumer, kind=row.kind, tries=subscription.tries, exc_info=True)
                 return False
             self._bury(consumer, row, error, tries=subscription.tries)
-        subscription.tries = 0
+        subscription.tries, subscription.troubled_since = 0, None
         return True
 
     def _bury(self, consumer: str, row: sa.Row[tuple[object, ...]], error: Exception, *, tries: int) -> None:
@@ -197,7 +207,7 @@ class EmbeddedBus:
             "kind": row.kind,
             "subject": row.subject,
             "error": type(error).__name__,
-            "reason": str(error) if isinstance(error, PermanentError) else describe(error),
+            "reason": str(error) if isinstance(error, PermanentError | TransientError) else describe(error),
             "tries": tries,
             "time": self._clock.now().isoformat(),
         }

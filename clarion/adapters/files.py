@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -118,9 +119,10 @@ class FileStore:
             raise MissingObjectError(f"object {ref.digest[:16]} is damaged: its bytes have another digest")
         return data
 
-    def clear_incoming(self) -> int:
-        """Remove what a crash left half written; only while no other process writes. Gives the count."""
-        left = list(self._incoming.iterdir())
+    def clear_incoming(self, older_than_s: float = 3600.0) -> int:
+        """Remove what a crash left half written, and nobody can still be writing. Gives the count."""
+        oldest = time.time() - older_than_s
+        left = [path for path in self._incoming.iterdir() if path.stat().st_mtime < oldest]
         for path in left:
             path.unlink(missing_ok=True)
         return len(left)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clarion.codec import decode, encode
-from clarion.errors import MissingObjectError, PermanentError, TransientError
+from clarion.errors import BusUnavailableError, MissingObjectError, PermanentError, TransientError
 from clarion.model import ObjectRef
 
 if TYPE_CHECKING:
@@ -67,14 +67,16 @@ class _Subscription:
     position: int = 0
     tries: int = 0
     paused_until: float = 0.0
+    troubled_since: float | None = None
 
 
 class MemoryBus:
     """A bus in memory, in one process; `dead_letters` holds what handlers could not bear, with the reason."""
 
-    def __init__(self, clock: Clock, *, tries: int = 5) -> None:
+    def __init__(self, clock: Clock, *, tries: int = 5, patience_s: float = 3600.0) -> None:
         self._clock = clock
         self._tries = tries
+        self._patience_s = patience_s
         self._records: list[Record] = []
         self._seen: set[str] = set()
         self._subscriptions: dict[str, _Subscription] = {}
@@ -109,8 +111,13 @@ class MemoryBus:
         try:
             self.publish(subscription.handler.handle(decode(record)))
         except TransientError as error:
-            subscription.paused_until = self._clock.monotonic() + error.retry_after_s
-            return False
+            now = self._clock.monotonic()
+            since = now if subscription.troubled_since is None else subscription.troubled_since
+            subscription.troubled_since = since
+            if isinstance(error, BusUnavailableError) or now - since <= self._patience_s:
+                subscription.paused_until = now + error.retry_after_s
+                return False
+            self.dead_letters.append((name, record, str(error)))
         except PermanentError as error:
             self.dead_letters.append((name, record, str(error)))
         except Exception as error:  # noqa: BLE001  the contract: a few tries, then a dead letter
@@ -118,4 +125,5 @@ class MemoryBus:
             if subscription.tries < self._tries:
                 return False
             self.dead_letters.append((name, record, f"{type(error).__name__}: {error}"))
+        subscription.troubled_since = None
         return True

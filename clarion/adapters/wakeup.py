@@ -39,8 +39,8 @@ class Wakeup:
         return True
 
     def ring(self) -> None:
-        """Wake everybody else, and whoever waits here."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        """Wake everybody else, and whoever waits here; never raises, for what it follows is already done."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.settimeout(0)
             for name in os.listdir(self._folder):  # noqa: PTH208  by the open folder, wherever it was moved
                 # Nobody there any more, or awake with a full queue: either way nothing is lost.

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from clarion.adapters.memory import ManualClock
-from clarion.errors import MissingObjectError, PermanentError, TransientError
+from clarion.errors import MissingObjectError, PermanentError, StoreUnavailableError, TransientError
 from clarion.events import Event, JobStarted, JobSucceeded
 from clarion.model import ObjectRef
 from clarion.ports import Clock, EventBus
@@ -106,6 +106,22 @@ class EventBusSuite:
         drain(bus)
         assert [event.sequence for event in recorder.seen] == [1, 2]
         assert tries == [1, 1, 2]
+
+    def test_patience_with_a_transient_error_ends(self, make_bus: MakeBus) -> None:
+        """What asks for time again and again for more than an hour is set aside, and nobody waits for it any more."""
+        clock = ManualClock(MOMENT)
+        bus = make_bus(clock)
+        recorder = Recorder(
+            trouble=lambda event: StoreUnavailableError("bad sector", 60) if event.sequence == 1 else None
+        )
+        bus.subscribe("suite", [JobStarted], recorder)
+        bus.publish([started("a", 1), started("a", 2)])
+        for minute in range(70):
+            drain(bus)
+            if minute < 55:  # noqa: PLR2004  less than the hour
+                assert recorder.seen == []
+            clock.advance(timedelta(seconds=61))
+        assert [event.sequence for event in recorder.seen] == [2]
 
     def test_permanent_error_sets_the_event_aside_and_goes_on(self, make_bus: MakeBus) -> None:
         """A poison record does not stop the others."""

@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from clarion.adapters.embedded import SCHEMA_VERSION as BUS_VERSION
-from clarion.adapters.embedded import tables as bus_tables
 from clarion.errors import ResourceBusyError
+from console.app import create_tables
 from console.pages.routes import Pages
-from gateway import tables as gateway_tables
-from orchestrator import ledger
-from streams import timeline
 
 if TYPE_CHECKING:
     from clarion.adapters.database import Database
@@ -30,11 +26,7 @@ class ConsoleStage:
 
     def __init__(self, checked: Checked, database: Database, store: FileStore) -> None:
         config = checked.config
-        # Whoever comes first makes the tables; the page must not fail because it was quicker than a stage.
-        database.create("bus", bus_tables, BUS_VERSION)
-        database.create("gateway", gateway_tables.metadata, gateway_tables.SCHEMA_VERSION)
-        database.create("orchestrator", ledger.metadata, ledger.SCHEMA_VERSION)
-        database.create("streams", timeline.metadata, timeline.SCHEMA_VERSION)
+        create_tables(database)
         self._port = config.console.port
         self._server = uvicorn.Server(
             uvicorn.Config(
