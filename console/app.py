@@ -47,19 +47,6 @@ def lock(data: Path, name: str) -> TextIOWrapper:
     return file
 
 
-def create_tables(database: Database) -> None:
-    """Make the tables of every stage, by one process, so that no two find each other at it."""
-    from clarion.adapters import embedded  # noqa: PLC0415  each process imports only what it runs
-    from gateway import tables  # noqa: PLC0415  as above
-    from orchestrator import ledger  # noqa: PLC0415  as above
-    from streams import timeline  # noqa: PLC0415  as above
-
-    database.create("bus", embedded.tables, embedded.SCHEMA_VERSION)
-    database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
-    database.create("orchestrator", ledger.metadata, ledger.SCHEMA_VERSION)
-    database.create("streams", timeline.metadata, timeline.SCHEMA_VERSION)
-
-
 @dataclass
 class App:
     """What the stages of one process share; each part is made when it is first used."""

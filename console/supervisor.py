@@ -20,7 +20,8 @@ import structlog
 from clarion.adapters.database import Database
 from clarion.errors import ResourceBusyError
 from clarion.service import read_heartbeats
-from console.app import create_tables, lock
+from console.app import lock
+from console.schema import create_tables
 from console.serve import SUPERVISED_BY
 from console.stages import STAGES
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from clarion.errors import ResourceBusyError
-from console.app import create_tables
 from console.pages.routes import Pages
+from console.schema import create_tables
 
 if TYPE_CHECKING:
     from clarion.adapters.database import Database
