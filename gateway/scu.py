@@ -24,7 +24,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a 
 
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from clarion.elements import EXPLICIT_LE, IMPLICIT_LE
-from clarion.errors import PeerRefusedError, PeerUnavailableError
+from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError
 from gateway.transport import Guard
 
 if TYPE_CHECKING:
@@ -166,11 +166,12 @@ class Requestor:
 
     def store(self, data: bytes, *, sop_class: str, sop_instance: str, syntax: str) -> int:
         """Send a data set as it is; give the status. Raises PeerUnavailableError when the peer does not answer."""
+        if not data:
+            raise InvalidInstanceError("empty-data-set")
         request = C_STORE()
         request.MessageID = 1
         request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(sop_class), UID(sop_instance)
         request.Priority = _MEDIUM
-        # An empty data set is sent as one, too.
         request.DataSet = io.BytesIO(data)
         assoc = self._assoc
         assoc._reactor_checkpoint.clear()  # noqa: SLF001  the library stores only what it can parse; see _Checkpoint

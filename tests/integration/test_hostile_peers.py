@@ -143,7 +143,7 @@ def stalling_proxy(target: int, mode: str) -> Iterator[int]:
 
     def serve() -> None:
         client, _ = server.accept()
-        if mode != "half":
+        if mode == "noread":
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         upstream = socket.create_connection(("127.0.0.1", target), 5)
         ends.extend((client, upstream))
@@ -154,7 +154,7 @@ def stalling_proxy(target: int, mode: str) -> Iterator[int]:
             client.sendall(struct.pack(">BBL", 4, 0, 1000) + b"abc")
             while not stop.is_set() and client.recv(65536):
                 pass
-        while mode == "slow" and not stop.wait(0.2) and client.recv(65536):
+        while mode == "slow" and not stop.wait(0.1) and client.recv(262144):
             pass
         stop.wait(60)
 

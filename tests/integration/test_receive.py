@@ -159,9 +159,27 @@ def test_contradicting_sop_class_is_a900(system: System, series: list[Path]) -> 
     peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=system.scp)
     with Requestor(peer, own_ae="SENDER", classes=[(mr, syntax)], timeouts=Timeouts(connect_s=5, dimse_s=10)) as scu:
         assert scu.store(data, sop_class=mr, sop_instance=uid_of(series[0]), syntax=syntax) == 0xA900
-        assert scu.store(b"", sop_class=mr, sop_instance="1.2.3", syntax=syntax) == 0xC000
         assert scu.store(data[:-10], sop_class=mr, sop_instance="1.2.4", syntax=syntax) == 0xC000
     system.wait_for(lambda: {"sop-class-mismatch", "truncated"} <= set(quarantined(system)), "set aside")
+
+
+def test_empty_data_set_is_refused(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pynetdicom import AE, _config
+
+    from clarion.dicom import part10
+
+    monkeypatch.setattr(_config, "STORE_SEND_CHUNKED_DATASET", True)
+    ct, syntax = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"
+    path = tmp_path / "empty.dcm"
+    path.write_bytes(part10(b"", sop_class_uid=ct, sop_instance_uid="1.2.3", transfer_syntax_uid=syntax))
+    ae = AE(ae_title="SENDER")
+    ae.add_requested_context(ct, syntax)
+    association = ae.associate("127.0.0.1", system.scp, ae_title="CHEST")
+    try:
+        assert association.send_c_store(path).Status == 0xC000
+    finally:
+        association.release()
+    system.wait_for(lambda: "empty-data-set" in quarantined(system), "set aside")
 
 
 def test_not_dicom_on_the_port_harms_nobody(system: System) -> None:

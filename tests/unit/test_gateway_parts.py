@@ -12,8 +12,8 @@ import pytest
 from clarion.adapters.memory import MemoryStore
 from clarion.config import GatewayConfig, IntakeConfig
 from clarion.elements import EXPLICIT_LE
-from clarion.errors import StoreUnavailableError
-from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, AccessList, matches
+from clarion.errors import PeerUnavailableError, StoreUnavailableError
+from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, UNRESOLVED, AccessList, matches
 from gateway.intake import Answer, Arrival, Intake
 from gateway.space import Space
 
@@ -168,4 +168,14 @@ def test_destination_is_no_source() -> None:
 
 def test_host_names_match_their_addresses() -> None:
     assert matches("localhost", "127.0.0.1")
-    assert not matches("no-such-host.invalid", "127.0.0.1")
+    assert matches("no-such-host.invalid, 127.0.0.1", "127.0.0.1")
+    with pytest.raises(PeerUnavailableError, match="no-such-host"):
+        matches("no-such-host.invalid", "127.0.0.1")
+
+
+def test_a_name_that_cannot_be_resolved_is_refused_for_now_only() -> None:
+    config = GatewayConfig.model_validate({
+        "ae_titles": [{"ae_title": "B"}], "sources": [{"ae_title": "A", "host": "no-such-host.invalid"}],
+    })  # fmt: skip
+    assert AccessList(config).check("A", "B", "127.0.0.1") == UNRESOLVED
+    assert AccessList(config).check("X", "B", "127.0.0.1") == CALLING_UNKNOWN
