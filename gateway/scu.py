@@ -6,7 +6,9 @@ raises PeerUnavailableError; one that refuses the association for good raises Pe
 
 from __future__ import annotations
 
+import contextlib
 import io
+import queue
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -187,13 +189,13 @@ class Requestor:
         return int(answer.Status)
 
     def _answer(self) -> object:
-        """Wait for the answer; the deadline begins anew as long as the peer takes bytes."""
+        """Wait for the answer; None when there is none. The deadline begins anew as long as the peer takes bytes."""
         sent = -1
         while self._guarded is not None and sent != self._guarded.sent:
             sent = self._guarded.sent
-            _, answer = self._assoc.dimse.get_msg(block=True)
-            if answer is not None or not self._assoc.is_established:
-                return answer
+            # An association that ended puts None here: whoever waits must not sit out the deadline then.
+            with contextlib.suppress(queue.Empty):
+                return self._assoc.dimse.msg_queue.get(timeout=self._stall_s)[1]
         return None
 
     def _context(self, sop_class: str, syntax: str) -> int:

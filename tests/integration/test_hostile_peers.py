@@ -135,7 +135,7 @@ def test_a_data_set_beyond_the_limit_is_cut_and_the_next_is_taken(listening: Lis
 @contextmanager
 def stalling_proxy(target: int, mode: str) -> Iterator[int]:
     """Pass everything on until the first P-DATA of the client; then stop: `noread`, read a little now and then
-    (`slow`), or read all and answer with `half` a PDU."""
+    (`slow`), read all and answer with `half` a PDU, or be `gone`."""
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(20)
     ends: list[socket.socket] = [server]
@@ -154,6 +154,8 @@ def stalling_proxy(target: int, mode: str) -> Iterator[int]:
             client.sendall(struct.pack(">BBL", 4, 0, 1000) + b"abc")
             while not stop.is_set() and client.recv(65536):
                 pass
+        if mode == "gone":
+            client.close()
         while mode == "slow" and not stop.wait(0.1) and client.recv(262144):
             pass
         stop.wait(60)
@@ -195,4 +197,21 @@ def test_a_destination_that_stops_is_given_up_within_its_deadline(mode: str, tmp
         thread.join(6 if mode == "slow" else 30)
         assert thread.is_alive() == (mode == "slow")
         assert len(raised) == (mode != "slow")
+    pacs.stop()
+
+
+@pytest.mark.timeout(60)
+def test_a_destination_that_dies_is_noticed_at_once(tmp_path: Path) -> None:
+    """Bites: wait for an answer alone, and the sender sits out its deadline of ten minutes."""
+    port = free_port()
+    pacs = Pacs(tmp_path / "pacs", ae_title="PACS", port=port, callers={})
+    small = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 2_000) + bytes(2_000)
+    with stalling_proxy(port, "gone") as through:
+        peer = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=through)
+        timeouts = Timeouts(connect_s=2, dimse_s=600)
+        with (
+            pytest.raises(PeerUnavailableError),
+            Requestor(peer, own_ae="A", classes=[(CT, EXPLICIT)], timeouts=timeouts) as scu,
+        ):
+            scu.store(small, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT)
     pacs.stop()
