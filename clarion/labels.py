@@ -67,6 +67,10 @@ class Labels:
         mask: NDArray[np.bool_] = (self.volume.array & (1 << (segment.number - 1))) != 0
         return mask
 
+    def written(self) -> list[Segment]:
+        """List the segments that have a voxel: the ones that results describe, numbered 1 to n in this order."""
+        return [one for one in self.segments if bool((self.volume.array & (1 << (one.number - 1))).any())]
+
 
 def save_labels(labels: Labels, folder: Path) -> None:
     """Write labels as a volume and `segments.json`."""

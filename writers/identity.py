@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from clarion.labels import CodedConcept, Labels
+    from clarion.labels import CodedConcept, Labels, Segment
     from clarion.volume import Volume
 
 MANUFACTURER = "Clarion"
@@ -80,6 +80,10 @@ class JobIdentity:
     def uid(self, kind: str, *parts: object) -> str:
         """Derive a UID of this job's."""
         return derive_uid(self.job_id, kind, *parts)
+
+    def tracking_uid(self, segment: Segment) -> str:
+        """Derive a segment's tracking UID, the same in every result."""
+        return self.uid("tracking", segment.number)
 
     def moment(self, ds: Dataset) -> tuple[str, str]:
         """Give the job's request as date and time in the zone that the data set is in, else in that of this machine."""

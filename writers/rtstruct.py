@@ -30,7 +30,6 @@ from writers.identity import (
     save,
     stamp,
 )
-from writers.seg import written_segments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +61,7 @@ class RtstructWriter:
 
 def write_structure_set(labels: Labels, source: SourceSeries, job: JobIdentity) -> Dataset:
     """Build the data set; ROI number is the segment's number among the written ones."""
-    segments = written_segments(labels)
+    segments = labels.written()
     if not segments:
         raise OperatorError("no segment has a voxel; an empty structure set is not written")
     ds = Dataset()

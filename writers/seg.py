@@ -47,18 +47,13 @@ class SegWriter:
 
 
 def tracking(job: JobIdentity, segment: Segment) -> tuple[str, str]:
-    """Derive a segment's tracking identifier and UID, the same in SEG and SR."""
-    return f"{job.pipeline} {segment.name}", job.uid("tracking", segment.number)
-
-
-def written_segments(labels: Labels) -> list[Segment]:
-    """List the segments that have a voxel; the others have no frame and no item."""
-    return [one for one in labels.segments if bool(np.any(labels.volume.array & (1 << (one.number - 1))))]
+    """Give a segment's tracking identifier and UID, the same in SEG and SR."""
+    return f"{job.pipeline} {segment.name}", job.tracking_uid(segment)
 
 
 def write_segmentation(labels: Labels, source: SourceSeries, job: JobIdentity) -> Dataset:
     """Build the data set; frames in the source's plane, one per segment and non-empty slice."""
-    segments = written_segments(labels)
+    segments = labels.written()
     if not segments:
         raise OperatorError("no segment has a voxel; an empty SEG is not written")
     headers = [neutral(ds) for ds in source.headers]

@@ -21,7 +21,7 @@ from writers.identity import (
     save,
     stamp,
 )
-from writers.seg import tracking, written_segments
+from writers.seg import tracking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,7 @@ def write_measurement_report(
     by_segment = {one["segment"]: one for one in measured}
     groups = [
         _group(number, segment, by_segment[segment.number], labels=labels, seg=seg, source=source, job=job)
-        for number, segment in enumerate(written_segments(labels), 1)
+        for number, segment in enumerate(labels.written(), 1)
     ]
     content = hd.sr.MeasurementReport(
         observation_context=_observer(job),

@@ -16,7 +16,8 @@ from clarion.testing.phantom import PhantomSpec
 from clarion.volume import Volume
 from operators.chest_ct import SEGMENTS
 from operators.dicom_reader import read_series
-from writers.gate import check_results
+from operators.measurements import measure
+from writers.gate import Finding, check_results
 from writers.identity import JobIdentity, SourceSeries, save
 from writers.overview import draw, write_overview
 from writers.rtstruct import write_structure_set
@@ -30,6 +31,7 @@ class Made:
     labels: Labels
     objects: dict[str, Dataset]
     folder: Path
+    job: JobIdentity
 
     def findings(self, **changed: Dataset) -> list[str]:
         """Write the set with some objects replaced and give the rules that it breaks."""
@@ -37,7 +39,10 @@ class Made:
         for name, ds in (self.objects | changed).items():
             syntax = str(ds.file_meta.TransferSyntaxUID)
             results.append((name, save(ds, self.folder, name, syntax)))
-        return [f"{one.rule} {one.output}" for one in check_results(results, self.source, self.labels)]
+        return [f"{one.rule} {one.output}" for one in self.check(results)]
+
+    def check(self, results: list[tuple[str, Path]]) -> list[Finding]:
+        return check_results(results, self.source, self.labels, self.job)
 
 
 def make_results(root: Path) -> Made:
@@ -63,9 +68,7 @@ def make_results(root: Path) -> Made:
     )
     by_uid = {str(ds.SOPInstanceUID): ds for ds in source}
     series = SourceSeries(tuple(by_uid[one.sop_instance_uid] for one in volume.sources))
-    measured = [
-        {"segment": one.number, "voxels": 1, "volume_ml": 1.0, "mean": -700.0, "unit": "HU"} for one in SEGMENTS
-    ]
+    measured = measure(volume, labels)
     seg = write_segmentation(labels, series, job)
     objects = {
         "seg": seg,
@@ -77,4 +80,4 @@ def make_results(root: Path) -> Made:
         name: dcmread(save(ds, root, name, "1.2.840.10008.1.2" if name == "rtstruct" else "1.2.840.10008.1.2.1"))
         for name, ds in objects.items()
     }
-    return Made(source, labels, written, root)
+    return Made(source, labels, written, root, job)

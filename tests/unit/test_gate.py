@@ -12,7 +12,6 @@ from pydicom import Dataset
 from pydicom.uid import generate_uid
 from support.results import Made, make_results
 
-from writers.gate import check_results
 from writers.identity import save
 
 Mutation = Callable[[Dataset], None]
@@ -28,7 +27,7 @@ def test_what_the_writers_make_passes(made: Made) -> None:
 
 
 def test_a_set_without_results_is_blocked(made: Made) -> None:
-    assert [one.rule for one in check_results([], made.source, made.labels)] == ["G08"]
+    assert [one.rule for one in made.check([])] == ["G08"]
 
 
 def _set(keyword: str, value: object) -> Mutation:
@@ -56,6 +55,8 @@ COMMON: dict[str, tuple[str, Mutation]] = {
     "no serial number": ("G02", _drop("DeviceSerialNumber")),
     "private element": ("G16", _private),
     "random UID": ("G05", lambda ds: setattr(ds, "SOPInstanceUID", generate_uid())),
+    "UID of nobody's": ("G05", _set("SOPInstanceUID", "2.25.1")),
+    "series of nobody's": ("G05", _set("SeriesInstanceUID", "2.25.1")),
 }
 
 
@@ -108,6 +109,21 @@ def _cite_stranger(ds: Dataset) -> None:
     cited.ReferencedSOPInstanceUID = "1.2.3.4"
 
 
+def _cite_as_mr(ds: Dataset) -> None:
+    cited = ds.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]
+    cited.ReferencedSOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+
+
+def _turn(ds: Dataset) -> None:
+    shared = ds.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0]
+    shared.ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
+
+
+def _stretch(ds: Dataset) -> None:
+    shared = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    shared.PixelSpacing = [float(one) * 1.1 for one in shared.PixelSpacing]
+
+
 SEG: dict[str, tuple[str, Mutation]] = {
     "frame of reference": ("G04", _other_frame_of_reference),
     "a voxel moved": ("G10", _flip_voxel),
@@ -119,6 +135,21 @@ SEG: dict[str, tuple[str, Mutation]] = {
     "pixels cut": ("G08", lambda ds: setattr(ds, "PixelData", ds.PixelData[:-2])),
     "rows": ("G07", _set("Rows", 47)),
     "a slice nobody sent": ("G06", _cite_stranger),
+    **{
+        f"no {keyword}": ("G02", _drop(keyword))
+        for keyword in (
+            *("SegmentSequence", "SegmentationType", "ContentLabel", "DimensionIndexSequence", "ContentDate"),
+            *("DimensionOrganizationSequence", "SharedFunctionalGroupsSequence", "LossyImageCompression", "PixelData"),
+        )
+    },
+    "no frame of reference": ("G04", _drop("FrameOfReferenceUID")),
+    "no tracking UID": ("G02", lambda ds: delattr(ds.SegmentSequence[0], "TrackingUID")),
+    "another tracking UID": ("G09", lambda ds: setattr(ds.SegmentSequence[0], "TrackingUID", "2.25.9")),
+    "another label": ("G09", lambda ds: setattr(ds.SegmentSequence[1], "SegmentLabel", "Right lung")),
+    "another class cited": ("G06", _cite_as_mr),
+    "turned": ("G07", _turn),
+    "stretched": ("G07", _stretch),
+    "fractional": ("G08", _set("SegmentationType", "FRACTIONAL")),
     "not marked": ("G16", _set("ContentDescription", "all good")),
 }
 
@@ -139,12 +170,40 @@ def _two_points(ds: Dataset) -> None:
     _contour(ds).NumberOfContourPoints = 2
 
 
+def _move_in_plane(ds: Dataset) -> None:
+    data = [str(one) for one in _contour(ds).ContourData]
+    data[::3] = [f"{float(one) + 20:.3f}" for one in data[::3]]
+    _contour(ds).ContourData = data
+
+
+def _swap_rois(ds: Dataset) -> None:
+    one, two = ds.ROIContourSequence[1], ds.ROIContourSequence[2]
+    one.ReferencedROINumber, two.ReferencedROINumber = two.ReferencedROINumber, one.ReferencedROINumber
+
+
 RTSTRUCT: dict[str, tuple[str, Mutation]] = {
     "out of plane": ("G11", _out_of_plane),
     "two points": ("G11", _two_points),
     "count": ("G11", lambda ds: setattr(_contour(ds), "NumberOfContourPoints", 3)),
     "approved": ("G11", _set("ApprovalStatus", "APPROVED")),
     "one name twice": ("G11", lambda ds: setattr(ds.StructureSetROISequence[1], "ROIName", "Body")),
+    "moved in plane": ("G12", _move_in_plane),
+    "a contour dropped": ("G12", lambda ds: ds.ROIContourSequence[1].ContourSequence.pop(0)),
+    "another ROI": ("G12", lambda ds: setattr(ds.StructureSetROISequence[1], "ROIName", "Spleen")),
+    "two ROIs swapped": ("G12", _swap_rois),
+    "no frame of reference": ("G04", _drop("FrameOfReferenceUID")),
+    "another frame of reference": ("G04", _other_frame_of_reference),
+    "an ROI elsewhere": (
+        "G04",
+        lambda ds: setattr(ds.StructureSetROISequence[0], "ReferencedFrameOfReferenceUID", "1.2.3"),
+    ),
+    "a frame elsewhere": (
+        "G04",
+        lambda ds: setattr(ds.ReferencedFrameOfReferenceSequence[0], "FrameOfReferenceUID", "1.2.3"),
+    ),
+    "open": ("G11", lambda ds: setattr(_contour(ds), "ContourGeometricType", "OPEN_PLANAR")),
+    "no observations": ("G02", _drop("RTROIObservationsSequence")),
+    "no label": ("G02", _drop("StructureSetLabel")),
     "no contours": ("G11", lambda ds: setattr(ds, "ROIContourSequence", [])),
     "a slice nobody sent": (
         "G06",
@@ -160,13 +219,52 @@ def _not_finite(ds: Dataset) -> None:
             return
 
 
+def _numbers(ds: Dataset) -> list[Dataset]:
+    return [one.value[0] for one in ds.iterall() if one.keyword == "MeasuredValueSequence" and one.value]
+
+
+def _wrong_volumes(ds: Dataset) -> None:
+    for one in _numbers(ds):
+        one.NumericValue = "99999"
+
+
+def _slightly_wrong_volume(ds: Dataset) -> None:
+    first = _numbers(ds)[0]
+    first.NumericValue = f"{float(first.NumericValue) * 1.01:.6g}"
+
+
+def _forget_evidence(ds: Dataset) -> None:
+    for series in ds.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence:
+        series.ReferencedSOPSequence = [
+            one for one in series.ReferencedSOPSequence if one.ReferencedSOPClassUID != "1.2.840.10008.5.1.4.1.1.66.4"
+        ] or series.ReferencedSOPSequence[:0]
+
+
+def _other_tracking(ds: Dataset) -> None:
+    for one in ds.iterall():
+        if one.keyword == "UID" and str(one.value).startswith("2.25."):
+            one.value = "2.25.9"
+
+
 SR: dict[str, tuple[str, Mutation]] = {
+    "volumes": ("G14", _wrong_volumes),
+    "one volume by one per cent": ("G14", _slightly_wrong_volume),
+    "evidence without the SEG": ("G06", _forget_evidence),
+    "no evidence": ("G02", _drop("CurrentRequestedProcedureEvidenceSequence")),
+    "other tracking UIDs": ("G14", _other_tracking),
+    "no title": ("G02", _drop("ConceptNameCodeSequence")),
+    "no verification flag": ("G02", _drop("VerificationFlag")),
     "partial": ("G13", _set("CompletionFlag", "PARTIAL")),
     "no content": ("G13", lambda ds: setattr(ds, "ContentSequence", [])),
     "a value without a number": ("G13", _not_finite),
 }
 
-KINDS = {"seg": SEG, "rtstruct": RTSTRUCT, "sr": SR}
+OVERVIEW: dict[str, tuple[str, Mutation]] = {
+    f"no {keyword}": ("G02", _drop(keyword))
+    for keyword in ("PixelData", "Rows", "BitsStored", "ConversionType", "PhotometricInterpretation")
+}
+
+KINDS = {"seg": SEG, "rtstruct": RTSTRUCT, "sr": SR, "overview": OVERVIEW}
 
 
 @pytest.mark.parametrize(
@@ -195,14 +293,14 @@ def test_no_cut_or_bent_file_passes_or_raises(made: Made, name: str) -> None:
             place = header.find(b"\x20\x00\x0d\x00", 132) + int(rng.integers(0, 4))
             bent[place] ^= int(rng.integers(1, 256))
         path.write_bytes(bytes(bent))
-        assert check_results([*others, (name, path)], made.source, made.labels), f"attempt {attempt}"
+        assert made.check([*others, (name, path)]), f"attempt {attempt}"
     path.write_bytes(whole)
 
 
 def test_two_objects_of_one_uid_are_blocked(made: Made) -> None:
     made.findings()
     twice = [("seg", made.folder / "seg.dcm"), ("again", made.folder / "seg.dcm")]
-    assert "G05" in {one.rule for one in check_results(twice, made.source, made.labels)}
+    assert "G05" in {one.rule for one in made.check(twice)}
 
 
 def test_findings_are_plain_text(made: Made) -> None:
@@ -210,6 +308,6 @@ def test_findings_are_plain_text(made: Made) -> None:
     ds = copy.deepcopy(made.objects["seg"])
     ds.PatientName = "Secret^Person"
     save(ds, made.folder, "seg")
-    found = check_results([("seg", made.folder / "seg.dcm")], made.source, made.labels)
+    found = made.check([("seg", made.folder / "seg.dcm")])
     assert found
     assert "Secret" not in json.dumps([one.detail for one in found])
