@@ -186,7 +186,8 @@ class IntakeStage:
         self.scp: Scp = Scp(config.scp, access=AccessList(config), intake=intake, space=self._space)
 
     def step(self) -> bool:
-        """Nothing to do here: associations have threads of their own."""
+        """Only clean up: associations have threads of their own."""
+        self.scp.sweep()
         return False
 
     def facts(self) -> dict[str, object]:
@@ -194,7 +195,8 @@ class IntakeStage:
         return {
             "port": self.port,
             "associations": self.scp.associations,
-            "refused": self.scp.refused,
+            "refusals": dict(self.scp.refusals),
+            "last_refusal": self.scp.last_refusal,
             "space": "ok" if self._space.available() else "low",
         }
 

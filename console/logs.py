@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,14 @@ def configure(config: LogConfig, stage: str) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=stage)
+    threading.excepthook = _thread_died
+
+
+def _thread_died(arguments: threading.ExceptHookArgs) -> None:
+    """Say that a thread ended by an exception, without its text."""
+    structlog.get_logger().error(
+        "thread.died", thread=arguments.thread and arguments.thread.name, exc_info=arguments.exc_value
+    )
 
 
 def _describe_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

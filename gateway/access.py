@@ -27,12 +27,21 @@ class Rejection:
     reason: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """What a peer may do on its association: send instances, report storage commitment."""
+
+    may_store: bool
+    may_report: bool
+
+
 CALLING_UNKNOWN = Rejection(check="calling-ae", result=1, source=1, reason=3)
 CALLED_UNKNOWN = Rejection(check="called-ae", result=1, source=1, reason=7)
 TOO_MANY = Rejection(check="association-limit", result=2, source=3, reason=2)
 NO_SPACE = Rejection(check="disk-space", result=2, source=3, reason=1)
 UNRESOLVED = Rejection(check="calling-address", result=2, source=3, reason=1)
 NOT_READY = Rejection(check="not-ready", result=2, source=3, reason=1)
+OUR_FAULT = Rejection(check="internal-error", result=2, source=3, reason=1)
 
 
 def _plain(address: str) -> _Address:
@@ -77,24 +86,22 @@ class AccessList:
         self._own = config.scu.ae_title
         self._open = not config.scp.reject_unknown_sources
 
-    def check(self, calling: str, called: str, address: str) -> Rejection | None:
-        """Check an association request; None lets it pass. A peer may be a source and a destination at once."""
+    def check(self, calling: str, called: str, address: str) -> Admission | Rejection:
+        """Check an association request, once: names may resolve otherwise a moment later.
+
+        A source may send to a configured called AE title, a destination may report to us under the name we send by;
+        a peer may be both.
+        """
         try:
-            source, destination = self.is_source(calling, address), self.is_destination(calling, address)
+            source = self._open or _listed(self._sources, calling, address)
+            destination = _listed(self._peers, calling, address)
         except PeerUnavailableError:
             return UNRESOLVED
         if not source and not destination:
             return CALLING_UNKNOWN
-        known = called in self._called or (destination and called == self._own)
-        return None if known else CALLED_UNKNOWN
-
-    def is_source(self, calling: str, address: str) -> bool:
-        """Tell whether the peer may send instances."""
-        return self._open or _listed(self._sources, calling, address)
-
-    def is_destination(self, calling: str, address: str) -> bool:
-        """Tell whether the peer is one we deliver to, and may report storage commitment."""
-        return _listed(self._peers, calling, address)
+        if called not in self._called and not (destination and called == self._own):
+            return CALLED_UNKNOWN
+        return Admission(may_store=source and called in self._called, may_report=destination)
 
 
 def _listed(entries: Iterable[tuple[str, str]], ae_title: str, address: str) -> bool:

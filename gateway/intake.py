@@ -80,7 +80,7 @@ class Intake:
         """Take one data set; the answer says what to tell the sender."""
         try:
             with self._space.holding(len(arrival.data)) as room:
-                answer = self._receive(arrival) if room else Answer(status=OUT_OF_RESOURCES, comment="disk space low")
+                answer = self._receive(arrival) if room else self._no_room(arrival)
         except StoreUnavailableError as error:
             log.error("instance.refused", reason=str(error), association=arrival.association)  # noqa: TRY400  no trace
             answer = Answer(status=OUT_OF_RESOURCES, comment="storage unavailable")
@@ -135,6 +135,10 @@ class Intake:
             {**_described(arrival), "study_uid": study_uid, "series_uid": header.series_uid, "object": asdict(ref)},
         )
         return Answer(status=SUCCESS, study_uid=study_uid)
+
+    def _no_room(self, arrival: Arrival) -> Answer:
+        log.warning("instance.refused", reason="disk space low", association=arrival.association)
+        return Answer(status=OUT_OF_RESOURCES, comment="disk space low")
 
     def _quarantine(self, arrival: Arrival, study_uid: str, reason: InvalidInstanceError) -> None:
         ref: ObjectRef | None = None

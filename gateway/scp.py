@@ -22,13 +22,12 @@ from clarion.crashpoints import effect, reach
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from clarion.elements import EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
 from clarion.errors import ResourceBusyError, StoreUnavailableError
-from gateway.access import NO_SPACE, NOT_READY, TOO_MANY, AccessList
+from gateway.access import NO_SPACE, NOT_READY, OUR_FAULT, TOO_MANY, AccessList, Admission, Rejection
 from gateway.intake import PROCESSING_FAILURE, SUCCESS, Answer, Arrival
 from gateway.transport import Guard
 
 if TYPE_CHECKING:
     from clarion.config import ScpConfig
-    from gateway.access import Rejection
     from gateway.intake import Intake
     from gateway.space import Space
 
@@ -61,12 +60,21 @@ class _Association:
     calling: str
     called: str
     address: str
-    is_source: bool
+    admission: Admission
     studies: dict[str, list[int]] = field(default_factory=dict)
 
     def count(self, answer: Answer) -> None:
         counts = self.studies.setdefault(answer.study_uid, [0, 0])
         counts[0 if answer.status == SUCCESS else 1] += 1
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What we keep of one connection while it lasts; `answered` once its association was accepted or rejected."""
+
+    guard: Guard
+    address: str
+    answered: bool = False
 
 
 class Scp:
@@ -79,10 +87,12 @@ class Scp:
         self._space = space
         self._lock = threading.Lock()
         self._open: dict[object, _Association] = {}
-        self._guards: dict[object, Guard] = {}
+        self._connections: dict[Any, _Connection] = {}
         self._max_bytes = int(config.max_instance_gb * 1e9)
         self._draining = False
-        self.refused = 0
+        self.refusals: dict[str, int] = {}
+        """How many associations were rejected, by the check that failed."""
+        self.last_refusal = ""
         self._ae = self._entity()
         handlers: list[Any] = [
             (evt.EVT_CONN_OPEN, self._connected),
@@ -91,9 +101,9 @@ class Scp:
             (evt.EVT_C_STORE, self._stored),
             (evt.EVT_N_EVENT_REPORT, self._reported),
             (evt.EVT_PDU_SENT, _sent),
-            (evt.EVT_RELEASED, lambda event: self._ended(event, "released")),
-            (evt.EVT_ABORTED, lambda event: self._ended(event, "aborted")),
-            (evt.EVT_CONN_CLOSE, lambda event: self._ended(event, "connection lost")),
+            (evt.EVT_RELEASED, lambda event: self._ended(event.assoc, "released")),
+            (evt.EVT_ABORTED, lambda event: self._ended(event.assoc, "aborted")),
+            (evt.EVT_CONN_CLOSE, lambda event: self._ended(event.assoc, "connection lost")),
         ]
         try:
             self._server = self._ae.start_server((config.host, config.port), block=False, evt_handlers=handlers)
@@ -111,7 +121,17 @@ class Scp:
     @property
     def connections(self) -> int:
         """How many connections are open, with an association or without."""
-        return len(self._guards)
+        return len(self._connections)
+
+    def sweep(self) -> None:
+        """Forget connections whose thread has died without a word, as the library's does of what it cannot parse."""
+        with self._lock:
+            dead = [one for one in self._connections if one.dul.ident is not None and not one.dul.is_alive()]
+        for assoc in dead:
+            connection = self._connections.get(assoc)
+            if connection is not None:
+                connection.guard.cut()
+            self._ended(assoc, "connection lost")
 
     def drain(self, deadline_s: float) -> None:
         """Accept no more, let open associations end until the deadline, abort the rest."""
@@ -138,11 +158,12 @@ class Scp:
     def _connected(self, event: evt.Event) -> None:
         """Bound the connection before a byte of it is read; cut it when there are too many that say nothing."""
         guard = Guard(event.assoc.dul.socket, stall_s=_STALL_S, max_bytes=self._max_bytes)
+        address = str(event.address[0])
         with self._lock:
-            self._guards[event.assoc] = guard
-            crowded = len(self._guards) > self._config.max_associations + _SPARE_CONNECTIONS
+            self._connections[event.assoc] = _Connection(guard, address)
+            crowded = len(self._connections) > self._config.max_associations + _SPARE_CONNECTIONS
         if crowded:
-            log.warning("connection.cut", reason="too-many-connections")
+            log.warning("connection.cut", reason="too-many-connections", address=address)
             guard.cut()
 
     def _requested(self, event: evt.Event) -> None:
@@ -153,45 +174,60 @@ class Scp:
         storage = any(
             context.abstract_syntax not in _NOT_STORAGE for context in request.presentation_context_definition_list
         )
-        rejection = self._check(calling, called, address, storage=storage)
-        if rejection is not None:
-            self.refused += 1
-            log.warning(
-                "association.rejected", check=rejection.check, calling_ae=calling, called_ae=called, address=address
-            )
-            assoc.acse.send_reject(rejection.result, rejection.source, rejection.reason)
-            assoc.kill()
+        try:
+            checked = self._check(calling, called, address, storage=storage)
+        except Exception:
+            # The library would go on and accept: whatever we got wrong, nobody comes in by it.
+            log.exception("association.failed", address=address)
+            checked = OUR_FAULT
+        if isinstance(checked, Rejection):
+            self._reject(assoc, checked, calling_ae=calling, called_ae=called, address=address)
             return
-        opened = _Association(uuid.uuid4().hex, calling, called, address, self._access.is_source(calling, address))
+        opened = _Association(uuid.uuid4().hex, calling, called, address, checked)
         with self._lock:
             self._open[assoc] = opened
+            self._answered(assoc)
         log.info("association.requested", association=opened.id, calling_ae=calling, called_ae=called, address=address)
 
-    def _check(self, calling: str, called: str, address: str, *, storage: bool) -> Rejection | None:
-        rejection = self._access.check(calling, called, address)
-        if rejection is not None:
-            return rejection
+    def _reject(self, assoc: Any, rejection: Rejection, **who: str) -> None:  # noqa: ANN401  the library's association
+        with self._lock:
+            self.refusals[rejection.check] = self.refusals.get(rejection.check, 0) + 1
+            self.last_refusal = f"{rejection.check}: {who['calling_ae']} at {who['address']} to {who['called_ae']}"
+            self._answered(assoc)
+        log.warning("association.rejected", check=rejection.check, **who)
+        assoc.acse.send_reject(rejection.result, rejection.source, rejection.reason)
+        assoc.kill()
+
+    def _answered(self, assoc: object) -> None:
+        connection = self._connections.get(assoc)
+        if connection is not None:
+            connection.answered = True
+
+    def _check(self, calling: str, called: str, address: str, *, storage: bool) -> Admission | Rejection:
+        checked = self._access.check(calling, called, address)
+        if isinstance(checked, Rejection):
+            return checked
         if self._draining:
             return NOT_READY
         with self._lock:
             if len(self._open) >= self._config.max_associations:
                 return TOO_MANY
-        return NO_SPACE if storage and not self._space.available() else None
+        return NO_SPACE if storage and not self._space.available() else checked
 
     def _verified(self, _event: evt.Event) -> int:
         return SUCCESS
 
     def _stored(self, event: evt.Event) -> int | Dataset:
         association = self._open.get(event.assoc)
-        guard = self._guards.get(event.assoc)
-        if guard is not None:
-            guard.reset()
+        connection = self._connections.get(event.assoc)
+        if connection is not None:
+            connection.guard.reset()
         request: Any = event.request
         sop_class_uid = str(request.AffectedSOPClassUID)
-        if association is None or not association.is_source:
-            return _status(_NOT_AUTHORISED, "not a source of instances")
+        if association is None or not association.admission.may_store:
+            return self._refuse(association, _NOT_AUTHORISED, "not a source of instances")
         if not self._config.accept_private_sop_classes and not sop_class_uid.startswith(_STANDARD_ROOT):
-            return _status(_CLASS_NOT_SUPPORTED, "private SOP Classes are not accepted")
+            return self._refuse(association, _CLASS_NOT_SUPPORTED, "private SOP Classes are not accepted")
         answer = self._intake.receive(
             Arrival(
                 data=request.DataSet.getvalue() if request.DataSet is not None else b"",
@@ -209,10 +245,14 @@ class Scp:
             return SUCCESS
         return _status(answer.status, answer.comment)
 
+    def _refuse(self, association: _Association | None, status: int, reason: str) -> Dataset:
+        log.warning("instance.refused", reason=reason, association=association.id if association else "")
+        return _status(status, reason)
+
     def _reported(self, event: evt.Event) -> tuple[int, Dataset | None]:
         """Take a storage commitment result; success only after it is journalled."""
         association = self._open.get(event.assoc)
-        if association is None or not self._access.is_destination(association.calling, association.address):
+        if association is None or not association.admission.may_report:
             return _NOT_AUTHORISED, None
         try:
             report = event.event_information
@@ -227,11 +267,13 @@ class Scp:
             return PROCESSING_FAILURE, None
         return SUCCESS, None
 
-    def _ended(self, event: evt.Event, reason: str) -> None:
+    def _ended(self, assoc: object, reason: str) -> None:
         with self._lock:
-            association = self._open.pop(event.assoc, None)
-            self._guards.pop(event.assoc, None)
+            association = self._open.pop(assoc, None)
+            connection = self._connections.pop(assoc, None)
         if association is None:
+            if connection is not None and not connection.answered:
+                log.info("connection.ended", reason="no association was asked for", address=connection.address)
             return
         log.info("association.ended", association=association.id, reason=reason)
         with effect("scp.associationended"):

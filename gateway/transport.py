@@ -62,13 +62,15 @@ class Guard:
         end = time.monotonic() + self._stall_s
         done = 0
         while done < wanted:
-            count = self._socket.recv_into(view[done:])
+            try:
+                count = self._socket.recv_into(view[done:])
+            except BlockingIOError as error:
+                raise self._stalled() from error
             if count == 0:
                 break
             done += count
             if done < wanted and time.monotonic() > end:
-                log.warning("association.cut", reason="stalled")
-                raise TimeoutError("a PDU took too long")
+                raise self._stalled()
         view.release()
         del buffer[done:]
         return buffer
@@ -76,6 +78,10 @@ class Guard:
     def _send(self, data: bytes) -> None:
         self._library_send(data)
         self.sent += len(data)
+
+    def _stalled(self) -> OSError:
+        log.warning("association.cut", reason="stalled")
+        return TimeoutError("a PDU took too long")
 
     def _excess(self, reason: str) -> OSError:
         log.warning("association.cut", reason=reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
@@ -130,6 +131,78 @@ def test_a_data_set_beyond_the_limit_is_cut_and_the_next_is_taken(listening: Lis
             # The limit is per data set, not per association.
             small = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 2_000_000) + bytes(2_000_000)
             assert peer.store(small, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT) == 0xC000
+
+
+def associate_request(calling: str = "A") -> bytes:
+    """An A-ASSOCIATE-RQ for CT image storage, as pynetdicom encodes it."""
+    from pynetdicom import build_context
+    from pynetdicom.pdu import A_ASSOCIATE_RQ
+    from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
+
+    request = A_ASSOCIATE()
+    request.application_context_name = "1.2.840.10008.3.1.1.1"
+    request.calling_ae_title, request.called_ae_title = calling, "B"
+    length, implementation = MaximumLengthNotification(), ImplementationClassUIDNotification()
+    length.maximum_length_received, implementation.implementation_class_uid = 16382, "1.2.3"
+    request.user_information = [length, implementation]
+    context = build_context(CT, EXPLICIT)
+    context.context_id = 1
+    request.presentation_context_definition_list = [context]
+    return A_ASSOCIATE_RQ(request).encode()
+
+
+# A command set without Command Field (0000,0100): only a group length and a message id.
+NAMELESS = struct.pack("<HHLLHHLH", 0, 0, 4, 10, 0, 0x0110, 2, 7)
+P_DATA_NAMELESS = struct.pack(">BBLLBB", 4, 0, len(NAMELESS) + 6, len(NAMELESS) + 2, 1, 3) + NAMELESS
+
+
+def is_forgotten(listening: Listening) -> bool:
+    listening.scp.sweep()
+    return listening.scp.connections == listening.scp.associations == 0
+
+
+# The library's threads do die, that is what is tested.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("calling", "then"),
+    [
+        ("A", P_DATA_NAMELESS),
+        ("STRANGER", b""),
+        ("STRANGER", associate_request("STRANGER")),
+        ("A", associate_request()),
+    ],
+    ids=["a command without a name", "a stranger", "a stranger who asks twice", "one who asks twice"],
+)
+def test_no_connection_is_remembered_after_its_thread_died(listening: Listening, calling: str, then: bytes) -> None:
+    """Bites: without `sweep` the library's thread dies without a word, and after four of these nobody is let in."""
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", listening.port), 5) as connection:
+            connection.sendall(associate_request(calling) + (then if calling != "A" else b""))
+            if calling == "A":
+                connection.settimeout(5)
+                assert connection.recv(1000)[:1] == b"\x02"
+                connection.sendall(then)
+            until(lambda one=connection: is_cut(one), "cut")  # type: ignore[misc]
+        until(lambda: is_forgotten(listening), "forgotten")
+    with listening.requestor() as peer:
+        assert peer.echo() == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_random_bytes_on_the_port_leave_nothing_behind(listening: Listening) -> None:
+    """150 connections that begin like an association and go on at random; afterwards all slots are free."""
+    rng = random.Random(4)
+    whole = associate_request()
+    for _ in range(150):
+        bent = bytearray(whole + P_DATA_NAMELESS)
+        for _ in range(rng.randint(1, 6)):
+            bent[rng.randrange(6 if rng.random() < 0.7 else 0, len(bent))] = rng.randrange(256)
+        with socket.create_connection(("127.0.0.1", listening.port), 5) as connection:
+            connection.sendall(bytes(bent[: rng.randint(1, len(bent))]))
+
+    until(lambda: is_forgotten(listening), "all forgotten", 60)
+    with listening.requestor() as peer:
+        assert peer.echo() == 0
 
 
 @contextmanager

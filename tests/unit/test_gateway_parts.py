@@ -13,7 +13,7 @@ from clarion.adapters.memory import MemoryStore
 from clarion.config import GatewayConfig, IntakeConfig
 from clarion.elements import EXPLICIT_LE
 from clarion.errors import PeerUnavailableError, StoreUnavailableError
-from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, UNRESOLVED, AccessList, matches
+from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, UNRESOLVED, AccessList, Admission, matches
 from gateway.intake import Answer, Arrival, Intake
 from gateway.space import Space
 
@@ -139,21 +139,30 @@ def test_reserve_counts_what_is_being_received() -> None:
 CONFIG = GatewayConfig.model_validate(
     {
         "ae_titles": [{"ae_title": "CHEST", "settings": {}}],
-        "sources": [{"ae_title": "CT1", "host": "10.1.0.0/16, 127.0.0.1"}],
-        "destinations": [{"name": "p", "ae_title": "PACS", "host": "127.0.0.2", "port": 104}],
+        "sources": [{"ae_title": "CT1", "host": "10.1.0.0/16, 127.0.0.1"}, {"ae_title": "BOTH", "host": "127.0.0.3"}],
+        "destinations": [
+            {"name": "p", "ae_title": "PACS", "host": "127.0.0.2", "port": 104},
+            {"name": "b", "ae_title": "BOTH", "host": "127.0.0.3", "port": 104},
+        ],
     }
 )
+STORES = Admission(may_store=True, may_report=False)
+REPORTS = Admission(may_store=False, may_report=True)
 
 
 @pytest.mark.parametrize(
     ("calling", "called", "address", "expected"),
     [
-        ("CT1", "CHEST", "10.1.2.3", None),
-        ("CT1", "CHEST", "::ffff:10.1.2.3", None),
+        ("CT1", "CHEST", "10.1.2.3", STORES),
+        ("CT1", "CHEST", "::ffff:10.1.2.3", STORES),
         ("CT1", "CHEST", "10.2.2.3", CALLING_UNKNOWN),
         ("ct1", "CHEST", "127.0.0.1", CALLING_UNKNOWN),
         ("CT1", "chest", "127.0.0.1", CALLED_UNKNOWN),
-        ("PACS", "CLARION", "127.0.0.2", None),
+        ("PACS", "CLARION", "127.0.0.2", REPORTS),
+        ("PACS", "CHEST", "127.0.0.2", REPORTS),
+        ("BOTH", "CHEST", "127.0.0.3", Admission(may_store=True, may_report=True)),
+        # Nothing is grouped under the name we send by: what came there would be acknowledged and ignored.
+        ("BOTH", "CLARION", "127.0.0.3", REPORTS),
         ("PACS", "OTHER", "127.0.0.2", CALLED_UNKNOWN),
         ("PACS", "CLARION", "127.0.0.1", CALLING_UNKNOWN),
     ],
@@ -162,8 +171,10 @@ def test_access_list(calling: str, called: str, address: str, expected: object) 
     assert AccessList(CONFIG).check(calling, called, address) == expected
 
 
-def test_destination_is_no_source() -> None:
-    assert not AccessList(CONFIG).is_source("PACS", "127.0.0.2")
+def test_open_access_takes_every_source_and_no_stranger_as_destination() -> None:
+    config = GatewayConfig.model_validate({"scp": {"reject_unknown_sources": False}, "ae_titles": [{"ae_title": "B"}]})
+    assert AccessList(config).check("ANYONE", "B", "203.0.113.9") == STORES
+    assert AccessList(config).check("ANYONE", "C", "203.0.113.9") == CALLED_UNKNOWN
 
 
 def test_host_names_match_their_addresses() -> None:
