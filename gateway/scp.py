@@ -158,7 +158,7 @@ class Scp:
     def _connected(self, event: evt.Event) -> None:
         """Bound the connection before a byte of it is read; cut it when there are too many that say nothing."""
         guard = Guard(event.assoc.dul.socket, stall_s=_STALL_S, max_bytes=self._max_bytes)
-        address = str(event.address[0])
+        address = str(event.assoc.requestor.address)
         with self._lock:
             self._connections[event.assoc] = _Connection(guard, address)
             crowded = len(self._connections) > self._config.max_associations + _SPARE_CONNECTIONS

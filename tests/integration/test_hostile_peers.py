@@ -191,7 +191,7 @@ def test_no_connection_is_remembered_after_its_thread_died(listening: Listening,
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_random_bytes_on_the_port_leave_nothing_behind(listening: Listening) -> None:
     """150 connections that begin like an association and go on at random; afterwards all slots are free."""
-    rng = random.Random(4)
+    rng, before = random.Random(4), threading.active_count()
     whole = associate_request()
     for _ in range(150):
         bent = bytearray(whole + P_DATA_NAMELESS)
@@ -201,6 +201,7 @@ def test_random_bytes_on_the_port_leave_nothing_behind(listening: Listening) -> 
             connection.sendall(bytes(bent[: rng.randint(1, len(bent))]))
 
     until(lambda: is_forgotten(listening), "all forgotten", 60)
+    until(lambda: threading.active_count() <= before, "the threads have gone", 60)
     with listening.requestor() as peer:
         assert peer.echo() == 0
 
