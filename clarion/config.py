@@ -108,9 +108,10 @@ class IntakeConfig(Model):
 
 
 class ScuConfig(Model):
-    """How we call ourselves when we send."""
+    """How we call ourselves when we send, and to how many destinations at once; one association to each."""
 
     ae_title: AeTitle = "CLARION"
+    max_associations: Annotated[int, Field(ge=1, le=100)] = 8
 
 
 class DeliveryConfig(Model):

@@ -51,6 +51,13 @@ EFFECTS = (
     "commitment.ask",
     "commitment.record",
     "delivery.verify",
+    "delivery.unverified",
+    "delivery.look",
+    "delivery.lost",
+    "delivery.retry",
+    "delivery.supersede",
+    "commitment.report",
+    "ledger.handback",
 )
 
 passes: dict[str, int] = {}

@@ -145,6 +145,17 @@ class GroupClosed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupBlocked(Event):
+    """A group cannot be judged: its rule fails or was removed. It is asked again until it answers, or given up."""
+
+    kind: ClassVar[str] = "group.blocked.v1"
+
+    revision: int
+    reason: str
+    studies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupDiscarded(Event):
     """A rule gave a group up; its instances are kept."""
 
@@ -283,6 +294,15 @@ class DeliveryFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeliverySuperseded(Event):
+    """A delivery that had not been made was given up: a newer revision of the group has a job of its own."""
+
+    kind: ClassVar[str] = "delivery.superseded.v1"
+
+    destination: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResultVerified(Event):
     """The destination said that it keeps every instance; `how` is `storage-commitment` or `query`."""
 
@@ -301,6 +321,7 @@ ALL: tuple[type[Event], ...] = (
     GroupOpened,
     GroupRevised,
     GroupClosed,
+    GroupBlocked,
     GroupDiscarded,
     JobRequested,
     JobStarted,
@@ -312,5 +333,6 @@ ALL: tuple[type[Event], ...] = (
     DeliveryRequested,
     ResultDelivered,
     DeliveryFailed,
+    DeliverySuperseded,
     ResultVerified,
 )

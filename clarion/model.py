@@ -88,9 +88,13 @@ class Instance:
         return None if text is None else text.strip()
 
 
+PRIORITIES = ("immediate", "higher", "normal", "lower")
+"""The priorities of jobs, the most urgent first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trigger:
-    """A rule's wish that a pipeline be run on a group."""
+    """A rule's wish that a pipeline be run on a group; `priority` is one of PRIORITIES."""
 
     pipeline_id: str
     name: str

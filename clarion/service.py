@@ -18,7 +18,7 @@ import structlog
 
 from clarion.adapters.files import write_whole
 from clarion.adapters.wakeup import Wakeup
-from clarion.errors import TransientError
+from clarion.errors import TransientError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +47,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """What a stage last said of itself."""
+    """What a stage last said of itself; `trouble` is why its last step failed, empty when it did not."""
 
     stage: str
     pid: int
@@ -55,6 +55,8 @@ class Heartbeat:
     beat: float
     state: str
     facts: Mapping[str, object] = field(default_factory=dict)
+    trouble: str = ""
+    trouble_since: float = 0.0
 
     @property
     def alive(self) -> bool:
@@ -94,6 +96,7 @@ class Service:
         self._started = time.time()
         self._beat_due = 0.0
         self._stopping = False
+        self._trouble, self._trouble_since = "", 0.0
 
     def run(self, stage: Stage) -> None:
         """Step the stage until a signal comes, then drain it."""
@@ -114,13 +117,25 @@ class Service:
 
     def _step(self, stage: Stage) -> bool:
         try:
-            return stage.step()
+            moved = stage.step()
         except TransientError as error:
             log.warning("stage.waiting", stage=self._name, error=type(error).__name__, reason=str(error))
-        except Exception:
+            self._note_trouble(str(error))
+            return False
+        except Exception as error:
             # The one catch-all of this process: what a step could not bear is seen in the log and tried again.
             log.exception("stage.failed", stage=self._name)
-        return False
+            self._note_trouble(describe(error))
+            return False
+        self._note_trouble("")
+        return moved
+
+    def _note_trouble(self, trouble: str) -> None:
+        """Remember why the step failed, and since when; the next heartbeat says it."""
+        if bool(trouble) != bool(self._trouble):
+            self._trouble_since = time.time() if trouble else 0.0
+            self._beat_due = 0.0
+        self._trouble = trouble
 
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:
         if self._stopping:
@@ -139,6 +154,8 @@ class Service:
             beat=time.time(),
             state=state,
             facts=dict(stage.facts()),
+            trouble=self._trouble,
+            trouble_since=self._trouble_since,
         )
         try:
             write_whole(self._folder / f"{self._name}.json", json.dumps(asdict(beat)).encode())

@@ -126,14 +126,15 @@ class App:
 
     def delivery(self) -> DeliveryStage:
         """Delivering results."""
-        from clarion.events import DeliveryRequested  # noqa: PLC0415  as above
+        from clarion.events import DeliveryRequested, JobSuperseded  # noqa: PLC0415  as above
         from gateway import tables  # noqa: PLC0415  as above
         from gateway.delivery import DeliveryStage  # noqa: PLC0415  as above
-        from gateway.outbound import DeliveryRequests, Outbound  # noqa: PLC0415  as above
+        from gateway.outbound import DeliveryRequests, Outbound, SupersededJobs  # noqa: PLC0415  as above
 
         bus = self.bus()
         self.database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
         bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
+        bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
         return DeliveryStage(
             config=self.checked.config.gateway,
             bus=bus,

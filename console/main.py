@@ -25,7 +25,9 @@ cli = typer.Typer(
 )
 study_cli = typer.Typer(help="Look at studies.", no_args_is_help=True)
 config_cli = typer.Typer(help="Check a configuration, or print an example.", no_args_is_help=True)
+delivery_cli = typer.Typer(help="Look at deliveries, and take up those that failed.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
+cli.add_typer(delivery_cli, name="delivery")
 cli.add_typer(config_cli, name="config")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.", envvar=None)]
@@ -237,6 +239,73 @@ def study_show(
         else:
             show_study(view)
         return 0
+
+    _run(body)
+
+
+@delivery_cli.command("list")
+def delivery_list(
+    config: ConfigFile = DEFAULT_CONFIG,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these states: waiting, sent, verified, unverified, failed, superseded."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10000)] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List deliveries, the latest first, with why they stand where they do."""
+
+    def body() -> int:
+        from dataclasses import asdict  # noqa: PLC0415  quick --help
+
+        from gateway.queries import list_deliveries  # noqa: PLC0415  quick --help
+
+        rows = list_deliveries(_reader(config).database, states=state or (), limit=limit)
+        if as_json:
+            _print_json([asdict(one) for one in rows])
+            return 0
+        for one in rows:
+            counted = f"{one.answered}/{one.instances}"
+            typer.echo(f"{one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  {one.reason}")
+        if not rows:
+            typer.echo("no deliveries", err=True)
+        return 0
+
+    _run(body)
+
+
+@delivery_cli.command("retry")
+def delivery_retry(
+    delivery_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids, as `clarion delivery list` shows them.")
+    ] = None,
+    config: ConfigFile = DEFAULT_CONFIG,
+    failed: Annotated[bool, typer.Option("--failed", help="Take up every delivery that failed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be taken up.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take up failed or unverified deliveries once more, with a new budget; what was stored is not sent again."""
+
+    def body() -> int:
+        from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+        from gateway.outbound import Outbound  # noqa: PLC0415  quick --help
+        from gateway.queries import list_deliveries  # noqa: PLC0415  quick --help
+
+        if bool(delivery_ids) == failed:
+            raise ConfigError(["name deliveries by id, or say --failed for all that failed"])
+        app = _reader(config)
+        states = ("failed",) if failed else ("failed", "unverified")
+        there = [one.delivery_id for one in list_deliveries(app.database, states=states, limit=100_000)]
+        wanted = there if failed else [one for one in delivery_ids or () if one in there]
+        taken = wanted if dry_run else Outbound(app.database).retry(wanted, app.clock.now())
+        passed_over = sorted(set(delivery_ids or ()) - set(taken))
+        if as_json:
+            _print_json({"dry_run": dry_run, "taken_up": taken, "passed_over": passed_over})
+        else:
+            typer.echo(f"{len(taken)} deliveries {'would be' if dry_run else ''} taken up".replace("  ", " "))
+            for one in passed_over:
+                typer.echo(f"{one}: no delivery of this id that failed or stayed unverified", err=True)
+        return 1 if passed_over else 0
 
     _run(body)
 

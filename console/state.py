@@ -3,46 +3,73 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from clarion.adapters.embedded import read_dead_letters, read_lag
+from clarion.adapters.embedded import count_dead_letters, read_dead_letters, read_lag
 from clarion.errors import BusUnavailableError
 from clarion.service import read_heartbeats
 from console.stages import STAGES
-from gateway.queries import count_open_groups, list_quarantine
+from gateway.queries import count_open_groups, count_quarantine, list_blocked_groups, list_deliveries
 from orchestrator.queries import count_jobs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clarion.service import Heartbeat
     from console.app import App
     from console.studies import StudyView
 
+# Records that wait in the journal for so long are not just on their way.
+_BEHIND = timedelta(seconds=60)
+_SHOWN = 10
+
+
+def read_stages(data: Path) -> list[dict[str, Any]]:
+    """Read how every stage is: `running`, `troubled` (its last step failed), `behind` (records wait) or `down`."""
+    beats = {beat.stage: beat for beat in read_heartbeats(data / "run")}
+    return [_stage(name, beats.get(name)) for name in STAGES]
+
+
+def _stage(name: str, beat: Heartbeat | None) -> dict[str, Any]:
+    if beat is None:
+        return {"stage": name, "state": "down", "alive": False, "pid": None, "trouble": "has not been started"}
+    described = {"stage": name, "alive": beat.alive, "pid": beat.pid, "trouble": beat.trouble, "facts": beat.facts}
+    since = str(beat.facts.get("waiting_since", ""))
+    if not beat.alive:
+        return {**described, "state": "down", "trouble": "its process has ended or no longer speaks"}
+    if beat.trouble:
+        return {**described, "state": "troubled"}
+    if since and datetime.now(UTC) - datetime.fromisoformat(since) > _BEHIND:
+        return {**described, "state": "behind", "trouble": f"records wait since {since[:19]}"}
+    return {**described, "state": "running"}
+
 
 def read_state(app: App) -> dict[str, Any]:
-    """Read the state of the whole; a stage that has not spoken lately is down."""
-    beats = {beat.stage: beat for beat in read_heartbeats(app.data / "run")}
-    stages = [
-        {
-            "stage": name,
-            "alive": name in beats and beats[name].alive,
-            "pid": beats[name].pid if name in beats else None,
-            **({"facts": dict(beats[name].facts)} if name in beats else {}),
-        }
-        for name in STAGES
-    ]
-    state: dict[str, Any] = {"ok": all(one["alive"] for one in stages), "stages": stages, "database": "ok"}
+    """Read the state of the whole; it is not ok while a stage is down, in trouble or behind."""
+    stages = read_stages(app.data)
+    state: dict[str, Any] = {
+        "ok": all(one["state"] == "running" for one in stages),
+        "stages": stages,
+        "database": "ok",
+    }
     try:
         state |= {
             "consumers": [asdict(one) for one in read_lag(app.database)],
-            "dead_letters": len(read_dead_letters(app.database)),
+            "dead_letters": count_dead_letters(app.database),
+            "latest_dead_letters": [asdict(one) for one in read_dead_letters(app.database, _SHOWN)],
             "open_groups": count_open_groups(app.database),
-            "quarantined": len(list_quarantine(app.database)),
+            "blocked_groups": [asdict(one) for one in list_blocked_groups(app.database, _SHOWN)],
+            "quarantined": count_quarantine(app.database),
             "jobs": count_jobs(app.database),
+            "failed_deliveries": len(list_deliveries(app.database, states=["failed"])),
         }
     except BusUnavailableError as error:
-        state["database"] = str(error)
+        state |= {"database": str(error), "ok": False}
     return state
 
 
@@ -53,18 +80,29 @@ def show_state(state: dict[str, Any]) -> None:
     for column in ("stage", "state", "pid", "facts"):
         table.add_column(column)
     for one in state["stages"]:
-        facts = ", ".join(f"{key} {value}" for key, value in one.get("facts", {}).items())
-        table.add_row(
-            one["stage"], "[green]running[/]" if one["alive"] else "[red]down[/]", str(one["pid"] or "-"), facts
-        )
+        facts = ", ".join(f"{key} {value}" for key, value in one.get("facts", {}).items() if value not in ("", {}, []))
+        colour = {"running": "green", "behind": "yellow"}.get(one["state"], "red")
+        said = f"[{colour}]{one['state']}[/]"
+        table.add_row(one["stage"], said, str(one["pid"] or "-"), escape(one["trouble"] or facts))
     screen.print(table)
     behind = ", ".join(f"{one['consumer']} {one['behind']}" for one in state.get("consumers", [])) or "-"
     jobs = ", ".join(f"{count} {name}" for name, count in state.get("jobs", {}).items()) or "none"
     screen.print(f"behind: {behind}")
     screen.print(f"jobs: {jobs}; open groups: {state.get('open_groups', '-')}")
-    screen.print(f"dead letters: {state.get('dead_letters', '-')}; in quarantine: {state.get('quarantined', '-')}")
+    screen.print(
+        f"in quarantine: {state.get('quarantined', '-')}; failed deliveries: {state.get('failed_deliveries', '-')} "
+        f"(clarion delivery list); dead letters: {state.get('dead_letters', '-')}"
+    )
+    for one in state.get("latest_dead_letters", []):
+        screen.print(
+            f"  [red]dead letter[/] {one['time'][:19]} {one['consumer']} {one['kind']}: {escape(one['reason'])}"
+        )
+    for one in state.get("blocked_groups", []):
+        screen.print(
+            f"  [red]group waits[/] since {one['last_received'][:19]} {one['called_ae']} {one['rule']}: {one['reason']}"
+        )
     if state["database"] != "ok":
-        screen.print(f"[red]database: {state['database']}[/]")
+        screen.print(f"[red]database: {escape(state['database'])}[/]")
 
 
 def show_study(view: StudyView) -> None:
@@ -78,10 +116,15 @@ def show_study(view: StudyView) -> None:
         f"{counts.calling_ae} → {counts.called_ae}"
     )
     for line in view.story:
-        screen.print(f"  {line.time[11:23]}  [bold]{line.state:<11}[/] {line.text}", highlight=False)
+        screen.print(f"  {line.time[11:23]}  [bold]{line.state:<11}[/] {escape(line.text)}", highlight=False)
     for job in view.jobs:
-        screen.print(f"job {job.name} ({job.job_id}): {job.state}, attempt {job.attempt} {job.reason}")
+        screen.print(f"job {job.name} ({job.job_id}): {job.state}, attempt {job.attempt} {escape(job.reason)}")
         for operator in job.operators:
-            screen.print(f"  {operator.operator:<14} {operator.state} {operator.reason}")
+            screen.print(f"  {operator.operator:<14} {operator.state} {escape(operator.reason)}")
     for one in view.deliveries:
-        screen.print(f"delivery to {one.destination}: {one.state} ({one.answered}/{one.instances}) {one.reason}")
+        screen.print(
+            f"delivery to {one.destination} ({one.delivery_id}): {one.state} ({one.answered}/{one.instances}) "
+            f"{escape(one.reason)}"
+        )
+    for letter in view.dead_letters:
+        screen.print(f"[red]dead letter[/] {letter.consumer} {letter.kind}: {escape(letter.reason)}")

@@ -41,6 +41,7 @@ log = structlog.get_logger()
 _SAME_ASSOCIATION_WAIT_S = 0.3
 _LOOK_FOR_REPORT = timedelta(seconds=1)
 _CRASHED_ATTEMPT = timedelta(seconds=5)
+_ASK_AGAIN = timedelta(seconds=5)
 _DRAIN_S = 20.0
 _SOP_CLASS_NOT_SUPPORTED = 0x0122
 
@@ -72,7 +73,7 @@ class DeliveryStage:
         for delivery in self._outbound.due(self._clock.now()):
             waiting.setdefault(delivery.destination.lower(), []).append(delivery)
         for name, deliveries in waiting.items():
-            if name not in self._busy:
+            if name not in self._busy and len(self._busy) < self._config.scu.max_associations:
                 thread = threading.Thread(target=self._work, args=(deliveries,), name=f"delivery-{name}", daemon=True)
                 self._busy[name] = thread
                 thread.start()
@@ -143,7 +144,10 @@ class DeliveryStage:
                 except PermanentError as error:
                     status, note = UNSENDABLE, str(error)
                 self._outbound.answered(delivery.delivery_id, item.instance.sop_instance_uid, status, note)
-                failed += classify(status) is not Outcome.DONE
+                if status == NO_ANSWER:
+                    raise PeerUnavailableError(f"{destination.name}: no answer, or the association ended")
+                # A refusal for good says something about the instance, one for now about the peer.
+                failed += classify(status) is Outcome.AGAIN
                 if failed / len(items) > self._config.delivery.failure_threshold:
                     raise PeerUnavailableError(f"{destination.name}: attempt given up after {failed} failures")
 
@@ -209,10 +213,10 @@ class DeliveryStage:
             self._outbound.settle_unverified(delivery.delivery_id, UNKNOWN_DESTINATION)
             return
         overdue = delivery.verify_until is not None and self._clock.now() > delivery.verify_until
-        if delivery.transaction_uid is not None and self._committed(delivery, overdue=overdue):
+        if delivery.transaction_uid is not None and self._committed(delivery, destination.ae_title, overdue=overdue):
             return
         try:
-            self._ask(destination, delivery, may_commit=delivery.transaction_uid is None and not overdue)
+            self._ask(destination, delivery, overdue=overdue)
         except (PeerUnavailableError, PeerRefusedError) as error:
             log.warning("delivery.verifylater", delivery=delivery.delivery_id, reason=str(error))
             if overdue:
@@ -220,22 +224,21 @@ class DeliveryStage:
             else:
                 self._outbound.look_again(delivery.delivery_id, self._clock.now() + _CRASHED_ATTEMPT)
 
-    def _committed(self, delivery: Delivery, *, overdue: bool) -> bool:
+    def _committed(self, delivery: Delivery, peer: str, *, overdue: bool) -> bool:
         """Judge by the peer's commitment report; tell whether there is nothing more to ask now."""
-        report = self._outbound.commitment(delivery.transaction_uid or "")
-        if report is None:
+        stored = self._outbound.commitment(delivery.transaction_uid or "", peer)
+        if stored is None:
             if not overdue:
                 self._outbound.look_again(delivery.delivery_id, self._clock.now() + _LOOK_FOR_REPORT)
             return not overdue
         wanted = {str(item.instance.sop_instance_uid) for item in self._outbound.items(delivery.delivery_id)}
-        stored, _ = report
         self._conclude(delivery, wanted - stored, "storage-commitment")
         return True
 
-    def _ask(self, destination: Destination, delivery: Delivery, *, may_commit: bool) -> None:
+    def _ask(self, destination: Destination, delivery: Delivery, *, overdue: bool) -> None:
         items = self._outbound.items(delivery.delivery_id)
         with self._associate(destination, set()) as peer:
-            if may_commit and peer.commits:
+            if delivery.transaction_uid is None and not overdue and peer.commits:
                 transaction = derive_uid("commitment", delivery.delivery_id, delivery.attempts)
                 pairs = [(item.instance.sop_class_uid, item.instance.sop_instance_uid) for item in items]
                 with effect("commitment.ask"):
@@ -249,7 +252,12 @@ class DeliveryStage:
                 return
             series = {(item.instance.study_uid, item.instance.series_uid) for item in items}
             found = set().union(*(peer.find(study, one) for study, one in sorted(series)))
-        self._conclude(delivery, {str(item.instance.sop_instance_uid) for item in items} - found, "query")
+        missing = {str(item.instance.sop_instance_uid) for item in items} - found
+        if missing and not overdue:
+            # Many a PACS answers a query only when it has indexed what it took; absence is believed at the deadline.
+            self._outbound.look_again(delivery.delivery_id, self._clock.now() + _ASK_AGAIN)
+            return
+        self._conclude(delivery, missing, "query")
 
     def _conclude(self, delivery: Delivery, missing: set[str], how: str) -> None:
         now = self._clock.now()

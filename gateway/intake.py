@@ -119,11 +119,12 @@ class Intake:
         self._wake()
 
     def _receive(self, arrival: Arrival) -> Answer:
-        if arrival.sop_class_uid in self._ignored.get(arrival.called_ae, frozenset()):
-            self._journal.append("ignored", {**_described(arrival), "reason": "sop-class-ignored"})
-            return Answer(status=SUCCESS)
         header = read_header(arrival.data, arrival.transfer_syntax_uid)
         study_uid = header.study_uid if is_uid(header.study_uid) else UNKNOWN_STUDY
+        if arrival.sop_class_uid in self._ignored.get(arrival.called_ae, frozenset()):
+            fields = {"study_uid": study_uid, "reason": "sop-class-ignored"}
+            self._journal.append("ignored", {**_described(arrival), **fields})
+            return Answer(status=SUCCESS, study_uid=study_uid)
         refusal = _refusal(arrival, header)
         if refusal is not None:
             status, reason = refusal

@@ -18,7 +18,7 @@ import struct
 import threading
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -40,7 +40,10 @@ MAX_RECORD_BYTES = 2**20
 _READ_BYTES = 4 * MAX_RECORD_BYTES
 _HEAD = struct.Struct("<4sII")
 _MAGIC = b"CLJ1"
+# Of a tail no time is known; by this one no group is judged.
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 DAMAGED = "damaged"
+TAIL = "tail"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -199,18 +202,21 @@ def read(folder: Path, start: Position, limit: int) -> Iterator[Entry]:
     """Give up to `limit` records from a position on; ends where nothing whole is written yet.
 
     Damaged bytes are passed over up to the next whole record and given as a record of kind DAMAGED: no bit that
-    turned hides what lies behind it.
+    turned hides what lies behind it. Bytes at the end of a segment that has a successor are no whole record and never
+    will be: a write that was cut, most likely, and not acknowledged; they are given as a record of kind TAIL.
     """
     numbers = [number for number in _segments(folder) if number >= start.segment]
     everything = (
         entry
         for number in numbers
-        for entry in _read_segment(folder, number, start.offset if number == start.segment else 0)
+        for entry in _read_segment(
+            folder, number, start.offset if number == start.segment else 0, is_last=number == numbers[-1]
+        )
     )
     return itertools.islice(everything, limit)
 
 
-def _read_segment(folder: Path, number: int, offset: int) -> Iterator[Entry]:
+def _read_segment(folder: Path, number: int, offset: int, *, is_last: bool) -> Iterator[Entry]:
     with _segment_path(folder, number).open("rb") as file:
         while True:
             file.seek(offset)
@@ -220,16 +226,32 @@ def _read_segment(folder: Path, number: int, offset: int) -> Iterator[Entry]:
                 used = entry.after.offset - offset
                 yield entry
             if used == 0:
-                # A torn tail, a record that is being written, or damage: the last has whole records behind it.
-                behind = _next_whole(data, number, offset)
-                if behind is None and len(data) < _READ_BYTES:
+                used, said = _pass_over(data, number, offset, is_last=is_last)
+                if said is not None:
+                    yield said
+                if used == 0:
                     return
-                used = len(data) - MAX_RECORD_BYTES if behind is None else behind[0]
-                log.error("journal.damaged", segment=number, offset=offset, skipped_bytes=used)
-                if behind is not None:
-                    fields = {"segment": number, "offset": offset, "skipped_bytes": used}
-                    yield Entry(time=behind[1], kind=DAMAGED, fields=fields, after=Position(number, offset + used))
             offset += used
+
+
+def _pass_over(data: bytes, number: int, offset: int, *, is_last: bool) -> tuple[int, Entry | None]:
+    """Say how many bytes are no whole record, and the record that tells of them; 0 where nothing whole follows.
+
+    That is a torn tail, a record that is being written, or damage: the last has whole records behind it.
+    """
+    behind = _next_whole(data, number, offset)
+    fields = {"segment": number, "offset": offset}
+    if behind is None and len(data) < _READ_BYTES:
+        if is_last or not data:
+            return 0, None
+        tail = {**fields, "skipped_bytes": len(data)}
+        return 0, Entry(time=_LONG_AGO, kind=TAIL, fields=tail, after=Position(number + 1, 0))
+    used = len(data) - MAX_RECORD_BYTES if behind is None else behind[0]
+    log.error("journal.damaged", **fields, skipped_bytes=used)
+    if behind is None:
+        return used, None
+    damaged = {**fields, "skipped_bytes": used}
+    return used, Entry(time=behind[1], kind=DAMAGED, fields=damaged, after=Position(number, offset + used))
 
 
 def _next_whole(data: bytes, segment: int, offset: int) -> tuple[int, datetime] | None:

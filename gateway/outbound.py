@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SOURCE = "gateway"
 WAITING, SENT, VERIFIED, UNVERIFIED, FAILED = "waiting", "sent", "verified", "unverified", "failed"
+SUPERSEDED = "superseded"
 UNKNOWN_DESTINATION = "unknown-destination"
 
 _table = tables.deliveries
@@ -95,6 +96,28 @@ class DeliveryRequests:
         return ()
 
 
+class SupersededJobs:
+    """The handler of job.superseded: results of an older revision that have not left yet are not sent."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def handle(self, event: Event) -> Iterable[Event]:
+        """Give up the job's deliveries that wait; one that was made, or is verified, stays as it is."""
+        if not isinstance(event, events.JobSuperseded):
+            return ()
+        here = sa.and_(_table.c.job_id == event.subject, _table.c.state == WAITING)
+        with effect("delivery.supersede"), self._database.transaction() as connection:
+            waiting = connection.execute(sa.select(_table.c.delivery_id, _table.c.destination).where(here)).all()
+            said = [
+                events.DeliverySuperseded(**_next(connection, row.delivery_id, event.time), destination=row.destination)
+                for row in waiting
+            ]
+            connection.execute(_table.update().where(here).values(state=SUPERSEDED, reason=f"by job {event.by}"))
+            record_events(connection, said)
+        return ()
+
+
 class Outbound:
     """Reads and changes deliveries. Safe from several threads."""
 
@@ -148,7 +171,7 @@ class Outbound:
         )
         with effect("delivery.settle"), self._database.transaction() as connection:
             event = events.ResultDelivered(
-                **self._next(connection, delivery.delivery_id, now),
+                **_next(connection, delivery.delivery_id, now),
                 destination=delivery.destination,
                 instances=statuses,
             )
@@ -165,21 +188,21 @@ class Outbound:
     def settle_failed(self, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None) -> None:
         """An attempt failed: tried again at `again`, or never when that is None."""
         with effect("delivery.settle"), self._database.transaction() as connection:
-            event = events.DeliveryFailed(
-                **self._next(connection, delivery.delivery_id, now),
-                destination=delivery.destination,
-                attempt=delivery.attempts,
-                reason=reason,
-                final=again is None,
-            )
-            self._change(
-                connection,
-                delivery.delivery_id,
-                state=FAILED if again is None else WAITING,
-                due=(again or now).isoformat(),
-                reason=reason,
-            )
-            record_events(connection, [event])
+            self._fail(connection, delivery, now=now, reason=reason, again=again)
+
+    def _fail(
+        self, connection: sa.Connection, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None
+    ) -> None:
+        event = events.DeliveryFailed(
+            **_next(connection, delivery.delivery_id, now),
+            destination=delivery.destination,
+            attempt=delivery.attempts,
+            reason=reason,
+            final=again is None,
+        )
+        state = FAILED if again is None else WAITING
+        self._change(connection, delivery.delivery_id, state=state, due=(again or now).isoformat(), reason=reason)
+        record_events(connection, [event])
 
     def commitment_asked(self, delivery_id: str, transaction_uid: str, due: datetime) -> None:
         """Note that the peer agreed to report on a transaction; looked at again at `due`."""
@@ -188,22 +211,26 @@ class Outbound:
 
     def look_again(self, delivery_id: str, due: datetime) -> None:
         """Look at the delivery again at `due`."""
-        with self._database.transaction() as connection:
+        with effect("delivery.look"), self._database.transaction() as connection:
             self._change(connection, delivery_id, due=due.isoformat())
 
-    def commitment(self, transaction_uid: str) -> tuple[set[str], set[str]] | None:
-        """Give what the peer reported for a transaction: stored and failed SOP Instance UIDs; None when nothing yet."""
+    def commitment(self, transaction_uid: str, peer: str) -> set[str] | None:
+        """Give the SOP Instance UIDs that the peer said it keeps for a transaction; None when it said nothing yet.
+
+        Only what the destination itself reported counts: no peer can prove another's delivery.
+        """
         table = tables.commitments
+        query = sa.select(table).where(table.c.transaction_uid == transaction_uid, table.c.peer == peer)
         with self._database.reading() as connection:
-            row = connection.execute(sa.select(table).where(table.c.transaction_uid == transaction_uid)).one_or_none()
-        return None if row is None else (set(row.stored), set(row.failed))
+            row = connection.execute(query).one_or_none()
+        return None if row is None else set(row.stored)
 
     def commitment_reported(
         self, transaction_uid: str, peer: str, *, now: datetime, stored: tuple[str, ...], failed: tuple[str, ...]
     ) -> None:
         """Note a report that came on our own association."""
         values = {"transaction_uid": transaction_uid, "peer": peer, "received": now.isoformat()}
-        with self._database.transaction() as connection:
+        with effect("commitment.report"), self._database.transaction() as connection:
             connection.execute(
                 tables.commitments.insert().prefix_with("OR REPLACE", dialect="sqlite"),
                 {**values, "stored": list(stored), "failed": list(failed)},
@@ -213,23 +240,24 @@ class Outbound:
         """The peer keeps every instance: verified."""
         with effect("delivery.verify"), self._database.transaction() as connection:
             event = events.ResultVerified(
-                **self._next(connection, delivery.delivery_id, now), destination=delivery.destination, how=how
+                **_next(connection, delivery.delivery_id, now), destination=delivery.destination, how=how
             )
             self._change(connection, delivery.delivery_id, state=VERIFIED, reason=how)
             record_events(connection, [event])
 
     def settle_unverified(self, delivery_id: str, reason: str) -> None:
         """The peer can tell nothing: it stays sent."""
-        with self._database.transaction() as connection:
+        with effect("delivery.unverified"), self._database.transaction() as connection:
             self._change(connection, delivery_id, state=UNVERIFIED, reason=reason)
 
     def lost(self, delivery: Delivery, *, missing: set[str], now: datetime, again: datetime | None) -> None:
         """The peer accepted instances and does not have them: exactly those are sent again."""
         here = sa.and_(_items.c.delivery_id == delivery.delivery_id, _items.c.sop_instance_uid.in_(sorted(missing)))
-        with self._database.transaction() as connection:
+        with effect("delivery.lost"), self._database.transaction() as connection:
             connection.execute(_items.update().where(here).values(status=None, note="accepted, then lost"))
             self._change(connection, delivery.delivery_id, transaction_uid=None)
-        self.settle_failed(delivery, now=now, reason=f"accepted-then-lost: {len(missing)} instances", again=again)
+            reason = f"accepted-then-lost: {len(missing)} instances"
+            self._fail(connection, delivery, now=now, reason=reason, again=again)
 
     def requeue(self, names: Iterable[str], now: datetime) -> int:
         """Take up deliveries whose destination was unknown and now is not; gives the count."""
@@ -238,19 +266,44 @@ class Outbound:
         with self._database.reading() as connection:
             if connection.execute(sa.select(_table.c.delivery_id).where(here)).first() is None:
                 return 0
-        with self._database.transaction() as connection:
-            return connection.execute(
-                _table.update().where(here).values(state=WAITING, due=now.isoformat(), attempts=0, reason="")
-            ).rowcount
+        return len(self._retry(here, now))
 
-    def _next(self, connection: sa.Connection, delivery_id: str, now: datetime) -> dict[str, Any]:
-        here = _table.c.delivery_id == delivery_id
-        connection.execute(_table.update().where(here).values(sequence=_table.c.sequence + 1))
-        sequence = connection.execute(sa.select(_table.c.sequence).where(here)).scalar_one()
-        return {"subject": delivery_id, "sequence": sequence, "time": now, "source": SOURCE}
+    def retry(self, delivery_ids: Iterable[str], now: datetime) -> list[str]:
+        """Take up failed or unverified deliveries once more, with a new budget; gives those it took up.
+
+        Only what was not answered with success is sent, or everything when it was all answered and cannot be proved.
+        """
+        here = sa.and_(_table.c.state.in_((FAILED, UNVERIFIED)), _table.c.delivery_id.in_(sorted(delivery_ids)))
+        return self._retry(here, now)
+
+    def _retry(self, here: sa.ColumnElement[bool], now: datetime) -> list[str]:
+        fresh = {"state": WAITING, "due": now.isoformat(), "attempts": 0, "reason": "", "transaction_uid": None}
+        with effect("delivery.retry"), self._database.transaction() as connection:
+            taken = list(connection.execute(sa.select(_table.c.delivery_id).where(here)).scalars())
+            connection.execute(_table.update().where(_table.c.delivery_id.in_(taken)).values(**fresh))
+            for delivery_id in taken:
+                _forget_refusals(connection, delivery_id)
+        return taken
 
     def _change(self, connection: sa.Connection, delivery_id: str, **values: object) -> None:
         connection.execute(_table.update().where(_table.c.delivery_id == delivery_id).values(**values))
+
+
+def _next(connection: sa.Connection, delivery_id: str, now: datetime) -> dict[str, Any]:
+    """Count up the delivery's event sequence; give what its events carry."""
+    here = _table.c.delivery_id == delivery_id
+    connection.execute(_table.update().where(here).values(sequence=_table.c.sequence + 1))
+    sequence = connection.execute(sa.select(_table.c.sequence).where(here)).scalar_one()
+    return {"subject": delivery_id, "sequence": sequence, "time": now, "source": SOURCE}
+
+
+def _forget_refusals(connection: sa.Connection, delivery_id: str) -> None:
+    """What was refused may be taken now; when nothing was, everything is sent again."""
+    rows = connection.execute(sa.select(_items).where(_items.c.delivery_id == delivery_id)).all()
+    refused = [one.sop_instance_uid for one in rows if one.status is None or classify(one.status) is not Outcome.DONE]
+    again = refused or [one.sop_instance_uid for one in rows]
+    here = sa.and_(_items.c.delivery_id == delivery_id, _items.c.sop_instance_uid.in_(again))
+    connection.execute(_items.update().where(here).values(status=None, note="to be sent again"))
 
 
 def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from gateway import tables
+from gateway.groups import OPEN
+from gateway.rulings import TROUBLES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from clarion.adapters.database import Database
 
 
@@ -58,6 +62,17 @@ class QuarantineRow:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockedGroup:
+    """An open group whose rule fails, or was removed."""
+
+    group_id: str
+    called_ae: str
+    rule: str
+    last_received: str
+    reason: str
+
+
 def list_studies(database: Database, limit: int = 200, study_uid: str | None = None) -> list[StudyCounts]:
     """List studies with their counts, the latest first; or just one."""
     query = sa.select(tables.studies).order_by(tables.studies.c.last_received.desc()).limit(limit)
@@ -80,16 +95,17 @@ def _counts(connection: sa.Connection, study: sa.Row[tuple[object, ...]]) -> Stu
             sa.func.min(one.c.attributes["00080060"].as_string()),
         ).where(one.c.study_uid == study.study_uid)
     ).one()
-    quarantined = connection.execute(
-        sa.select(sa.func.count()).where(tables.quarantine.c.study_uid == study.study_uid)
-    ).scalar_one()
+    quarantined, dropped = (
+        connection.execute(sa.select(sa.func.count()).where(table.c.study_uid == study.study_uid)).scalar_one()
+        for table in (tables.quarantine, tables.ignored)
+    )
     return StudyCounts(
         study_uid=str(study.study_uid),
         first_received=str(study.first_received),
         last_received=str(study.last_received),
-        received=row[0] + row[1] + quarantined,
+        received=row[0] + row[1] + dropped + quarantined,
         grouped=row[0],
-        ignored=row[1],
+        ignored=row[1] + dropped,
         quarantined=quarantined,
         conflicted=row[2],
         series=row[3],
@@ -99,21 +115,28 @@ def _counts(connection: sa.Connection, study: sa.Row[tuple[object, ...]]) -> Stu
     )
 
 
-def list_deliveries(database: Database, job_ids: list[str]) -> list[DeliveryRow]:
-    """List the deliveries of some jobs."""
+def list_deliveries(
+    database: Database, job_ids: list[str] | None = None, *, states: Iterable[str] = (), limit: int = 500
+) -> list[DeliveryRow]:
+    """List the deliveries of some jobs or of all, in some states or in all; the latest first when of all."""
     table, items = tables.deliveries, tables.delivery_instances
+    query = (
+        sa.select(
+            table,
+            sa.func.count(items.c.position).label("instances"),
+            sa.func.count(items.c.status).label("answered"),
+        )
+        .select_from(table.outerjoin(items, items.c.delivery_id == table.c.delivery_id))
+        .group_by(table.c.delivery_id)
+        .order_by(table.c.requested.desc() if job_ids is None else table.c.requested)
+        .limit(limit)
+    )
+    if job_ids is not None:
+        query = query.where(table.c.job_id.in_(job_ids))
+    if states:
+        query = query.where(table.c.state.in_(sorted(states)))
     with database.reading() as connection:
-        rows = connection.execute(
-            sa.select(
-                table,
-                sa.func.count(items.c.position).label("instances"),
-                sa.func.count(items.c.status).label("answered"),
-            )
-            .select_from(table.outerjoin(items, items.c.delivery_id == table.c.delivery_id))
-            .where(table.c.job_id.in_(job_ids))
-            .group_by(table.c.delivery_id)
-            .order_by(table.c.requested)
-        ).all()  # fmt: skip
+        rows = connection.execute(query).all()
     return [
         DeliveryRow(
             delivery_id=row.delivery_id,
@@ -138,9 +161,26 @@ def list_quarantine(database: Database, limit: int = 500) -> list[QuarantineRow]
     return [QuarantineRow(**{name: row[name] for name in names}) for row in rows]
 
 
+def count_quarantine(database: Database) -> int:
+    """Count what is in quarantine."""
+    with database.reading() as connection:
+        return int(connection.execute(sa.select(sa.func.count()).select_from(tables.quarantine)).scalar_one())
+
+
+def list_blocked_groups(database: Database, limit: int = 50) -> list[BlockedGroup]:
+    """List the open groups that cannot be judged, and why."""
+    table = tables.groups
+    query = (
+        sa.select(table.c.group_id, table.c.called_ae, table.c.rule, table.c.last_received, table.c.reason)
+        .where(table.c.state == OPEN, table.c.reason.in_(sorted(TROUBLES)))
+        .order_by(table.c.last_received)
+        .limit(limit)
+    )
+    with database.reading() as connection:
+        return [BlockedGroup(**row) for row in connection.execute(query).mappings()]
+
+
 def count_open_groups(database: Database) -> int:
     """Count the groups that wait for more."""
     with database.reading() as connection:
-        return connection.execute(
-            sa.select(sa.func.count()).where(tables.groups.c.state == "open")
-        ).scalar_one()  # fmt: skip
+        return int(connection.execute(sa.select(sa.func.count()).where(tables.groups.c.state == OPEN)).scalar_one())

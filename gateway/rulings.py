@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, timedelta
 from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy.exc import OperationalError
 
 from clarion.errors import InvalidInstanceError, describe
-from clarion.model import Action, Decision, Trigger
+from clarion.model import PRIORITIES, Action, Decision, Trigger
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# A rule that failed on a group, or was taken away, is asked again after this.
+# A rule that failed on a group, or was taken away, is asked again after this, and for so long.
 RULE_RETRY = timedelta(seconds=60)
+RULE_PATIENCE = timedelta(days=7)
+RULE_FAILED, RULE_REMOVED, GROUPING_FAILED = "rule-failed", "rule-removed", "grouping-failed"
+TROUBLES = frozenset((RULE_FAILED, RULE_REMOVED, GROUPING_FAILED))
+"""Reasons for which a group waits though it may be complete."""
 _MAX_KEY = 1024
 
 
@@ -36,7 +41,7 @@ def key_of(entity: CalledEntity | None, instance: Instance) -> tuple[str | None,
         return None, "quarantined", error.reason
     except Exception as error:  # noqa: BLE001  whatever a stranger's rule raises
         log.error("rule.failed", rule=entity.rule_name, error=describe(error))  # noqa: TRY400  may quote patient data
-        return None, "quarantined", "rule-failed"
+        return None, "quarantined", RULE_FAILED
     return (None, "ignored", "no-rule-takes-it") if key is None else (key, "grouped", "")
 
 
@@ -50,13 +55,22 @@ def decide(entity: CalledEntity, group: Group, now: datetime) -> tuple[Decision,
         raise
     except Exception as error:  # noqa: BLE001  whatever a stranger's rule raises: the group stays open, visibly
         log.error("rule.failed", rule=entity.rule_name, group=group.group_id, error=describe(error))  # noqa: TRY400
-        return Decision(action=Action.WAIT, reason="rule-failed", again=now + RULE_RETRY), ()
+        return _patiently(group, now, RULE_FAILED), ()
+    if decision.again is not None:
+        decision = replace(decision, again=decision.again.astimezone(UTC))
     return decision, triggers
 
 
-def removed(now: datetime) -> tuple[Decision, tuple[Trigger, ...]]:
+def removed(group: Group, now: datetime) -> tuple[Decision, tuple[Trigger, ...]]:
     """Give the decision about a group whose rule is no longer in the configuration."""
-    return Decision(action=Action.WAIT, reason="rule-removed", again=now + RULE_RETRY), ()
+    return _patiently(group, now, RULE_REMOVED), ()
+
+
+def _patiently(group: Group, now: datetime, reason: str) -> Decision:
+    """Wait for the rule to be mended; after RULE_PATIENCE give the group up. Its instances are kept."""
+    if now > group.last_received + RULE_PATIENCE:
+        return Decision(action=Action.DISCARD, reason=f"{reason} for {RULE_PATIENCE.days} days")
+    return Decision(action=Action.WAIT, reason=reason, again=now + RULE_RETRY)
 
 
 def _is_key(key: object) -> bool:
@@ -71,5 +85,8 @@ def _check(decision: object, triggers: tuple[object, ...]) -> None:
         raise TypeError("Decision.again has no time zone")
     if not isinstance(decision.reason, str):
         raise TypeError("Decision.reason is not text")
-    if not all(isinstance(one, Trigger) and isinstance(one.pipeline_id, str) for one in triggers):
-        raise TypeError("triggers did not give Triggers")
+    for one in triggers:
+        if not isinstance(one, Trigger) or not all(map(_is_key, (one.pipeline_id, one.name))):
+            raise TypeError("triggers did not give Triggers with a pipeline and a name")
+        if one.priority not in PRIORITIES:
+            raise TypeError(f"Trigger.priority is none of {', '.join(PRIORITIES)}")

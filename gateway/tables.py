@@ -1,7 +1,7 @@
 """The gateway's tables. No other stage reads them; the console does through `gateway.queries`.
 
-received = grouped + ignored + quarantined, per study: `instances` holds the first two and conflicts, `quarantine` the
-third.
+received = grouped + ignored + quarantined, per study: `instances` holds the first two and conflicts, `ignored` those
+whose SOP Class is not kept at all, `quarantine` the third.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ ignored = sa.Table(
     "ignored",
     metadata,
     sa.Column("ignored_id", sa.Text, primary_key=True),
+    sa.Column("study_uid", sa.Text, nullable=False, index=True),
     sa.Column("sop_instance_uid", sa.Text, nullable=False),
     sa.Column("sop_class_uid", sa.Text, nullable=False),
     sa.Column("called_ae", sa.Text, nullable=False),
@@ -80,9 +81,10 @@ groups = sa.Table(
     sa.Column("opened", sa.Text, nullable=False),
     sa.Column("last_received", sa.Text, nullable=False),
     sa.Column("closed", sa.Text, nullable=True),
-    sa.Column("check_at", sa.Text, nullable=False, index=True),
+    sa.Column("check_at", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False, default=""),
     sa.UniqueConstraint("called_ae", "rule", "key", "epoch"),
+    sa.Index("groups_due", "state", "check_at"),
 )
 
 members = sa.Table(

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from clarion import events
 from clarion.adapters.embedded import record_events
 from clarion.crashpoints import effect
-from clarion.model import ObjectRef, ResultSet
+from clarion.model import PRIORITIES, ObjectRef, ResultSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SOURCE = "orchestrator"
 SCHEMA_VERSION = 1
 REQUESTED, RUNNING, SUCCEEDED, FAILED, SUPERSEDED = "requested", "running", "succeeded", "failed", "superseded"
-PRIORITIES = {"immediate": 0, "higher": 1, "normal": 2, "lower": 3}
 
 metadata = sa.MetaData()
 jobs = sa.Table(
@@ -119,7 +118,7 @@ class JobRequests:
                     group_id=event.group_id,
                     revision=event.revision,
                     manifest=asdict(event.manifest),
-                    priority=PRIORITIES.get(event.priority, PRIORITIES["normal"]),
+                    priority=PRIORITIES.index(event.priority if event.priority in PRIORITIES else "normal"),
                     destinations=list(event.destinations),
                     state=REQUESTED,
                     attempt=0,
@@ -229,7 +228,7 @@ class Ledger:
 
     def hand_back(self, job: Job, attempt: int) -> None:
         """The engine is told to stop: the job waits again, and the attempt is not held against it."""
-        with self._database.transaction() as connection:
+        with effect("ledger.handback"), self._database.transaction() as connection:
             if _still_running(connection, job.job_id, attempt):
                 connection.execute(jobs.update().where(jobs.c.job_id == job.job_id).values(state=REQUESTED))
 

@@ -46,12 +46,16 @@ def state_of(story: Iterable[Line]) -> str:
     """Tell where a study stands: what asks for attention, else its least advanced job or delivery."""
     latest: dict[str, str] = {}
     passed: set[str] = set()
+    last = "Received"
     for line in story:
+        last = line.state
         if line.kind.startswith(("job.", "delivery.", "result.", "group.")):
             latest[line.subject] = line.state
+            # What had been passed on and speaks again, as a group with late instances, is not done.
+            passed.discard(line.subject)
         if line.parent:
             passed.add(line.parent)
-        if line.kind.startswith(("instance.",)):
+        if line.kind.startswith("instance."):
             latest[line.kind] = line.state
     open_states = [state for subject, state in latest.items() if subject not in passed and state != "Superseded"]
     for state in ATTENTION:
@@ -59,5 +63,5 @@ def state_of(story: Iterable[Line]) -> str:
             return state
     advanced = [state for state in open_states if state in PROGRESS]
     if not advanced:
-        return open_states[0] if open_states else "Received"
+        return open_states[0] if open_states else last
     return min(advanced, key=PROGRESS.index)

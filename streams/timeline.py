@@ -54,8 +54,12 @@ class _Line:
     parent: str = ""
 
 
-def _line(event: Event) -> _Line | None:  # noqa: PLR0911, C901  one case per event type, nothing else
+def _line(event: Event) -> _Line | None:
     """Say an event as a line of the story; `studies` where the event names them itself."""
+    return _study_line(event) or _group_line(event) or _job_line(event) or _delivery_line(event)
+
+
+def _study_line(event: Event) -> _Line | None:
     match event:
         case events.InstanceIgnored():
             return _Line("Ignored", f"Instance from {event.calling_ae} ignored: {event.reason}", (event.subject,))
@@ -70,15 +74,30 @@ def _line(event: Event) -> _Line | None:  # noqa: PLR0911, C901  one case per ev
             text = f"{event.calling_ae} → {event.called_ae}: {event.stored} instances stored"
             text += f", {event.refused} refused" if event.refused else ""
             return _Line("Received", f"{text} (association {event.reason})", (event.subject,))
+    return None
+
+
+def _group_line(event: Event) -> _Line | None:
+    match event:
         case events.GroupOpened():
             return _Line("Received", f"Rule {event.rule} opened a group for {event.called_ae}", event.studies)
         case events.GroupRevised():
             return _Line("Received", f"Late instances: revision {event.revision} begins", event.studies)
         case events.GroupClosed():
             text = f"Group complete with {event.instances} instances, revision {event.revision} ({event.reason})"
-            return _Line("Grouped", text, event.studies)
+            # A late revision that triggers nothing leaves the study where its jobs are: it is its own successor.
+            nothing_follows = event.revision > 1 and not event.triggers
+            return _Line("Grouped", text, event.studies, event.subject if nothing_follows else "")
+        case events.GroupBlocked():
+            text = f"Group cannot be judged: {event.reason}; asked again every minute"
+            return _Line("Failed", text, event.studies)
         case events.GroupDiscarded():
-            return _Line("Ignored", f"Group given up: {event.reason}", event.studies)
+            return _Line("Ignored", f"Group given up: {event.reason}; its instances are kept", event.studies)
+    return None
+
+
+def _job_line(event: Event) -> _Line | None:
+    match event:
         case events.JobRequested():
             text = f"Pipeline {event.pipeline_id} requested as {event.name}"
             return _Line("Triggered", text, event.studies, event.group_id)
@@ -93,7 +112,7 @@ def _line(event: Event) -> _Line | None:  # noqa: PLR0911, C901  one case per ev
             return _Line("Superseded", "A job for a newer revision takes this one's place")
         case events.ResultBlocked():
             return _Line("Quarantined", f"Results kept back by the result gate: {', '.join(event.rules)}")
-    return _delivery_line(event)
+    return None
 
 
 def _delivery_line(event: Event) -> _Line | None:
@@ -106,6 +125,8 @@ def _delivery_line(event: Event) -> _Line | None:
         case events.DeliveryFailed():
             text = f"Delivery to {event.destination} failed (attempt {event.attempt}): {event.reason}"
             return _Line("Failed" if event.final else "Produced", text if event.final else f"{text}; tried again")
+        case events.DeliverySuperseded():
+            return _Line("Superseded", f"Not sent to {event.destination}: a newer revision takes its place")
         case events.ResultVerified():
             return _Line("Verified", f"{event.destination} keeps every result ({event.how})")
     return None

@@ -230,10 +230,16 @@ def read_lag(database: Database) -> list[ConsumerLag]:
     return [ConsumerLag(consumer=row.consumer, behind=max(0, last - row.position)) for row in rows]
 
 
-def read_dead_letters(database: Database) -> list[DeadLetter]:
+def count_dead_letters(database: Database) -> int:
+    """Count the dead letters."""
+    with database.reading() as connection:
+        return int(connection.execute(sa.select(sa.func.count()).select_from(dead_letters)).scalar_one())
+
+
+def read_dead_letters(database: Database, limit: int = 500) -> list[DeadLetter]:
     """List the dead letters, newest first."""
     with database.reading() as connection:
-        rows = connection.execute(sa.select(dead_letters).order_by(dead_letters.c.time.desc()).limit(500)).all()
+        rows = connection.execute(sa.select(dead_letters).order_by(dead_letters.c.time.desc()).limit(limit)).all()
     return [
         DeadLetter(
             consumer=row.consumer,

@@ -19,7 +19,7 @@ from clarion.elements import Walker
 from clarion.model import is_uid
 from clarion.service import read_heartbeats
 from console.checks import is_loopback
-from console.stages import STAGES
+from console.state import read_stages
 from console.studies import read_studies, read_study
 from gateway.queries import list_quarantine
 from streams.queries import PROGRESS
@@ -155,18 +155,17 @@ class Pages:
 
     def health(self) -> JSONResponse:
         """Which stages run."""
-        return JSONResponse({"services": {name: "Running" if alive else "Stopped" for name, alive in self._stages()}})
+        stages = read_stages(self._config.data)
+        services = {one["stage"]: "Running" if one["alive"] else "Stopped" for one in stages}
+        troubles = {one["stage"]: one["trouble"] for one in stages if one["trouble"]}
+        return JSONResponse({"services": services, "troubles": troubles})
 
     # ---------------------------------------------------------------------------------------------------------
-
-    def _stages(self) -> list[tuple[str, bool]]:
-        beats = {beat.stage: beat for beat in read_heartbeats(self._config.data / "run")}
-        return [(name, name in beats and beats[name].alive) for name in STAGES]
 
     def _overview(self) -> dict[str, Any]:
         rows = read_studies(self._database, 100)
         totals = {state: sum(one.state == state for one in rows) for state in ("Verified", "Failed", "Quarantined")}
-        return {"rows": rows, "progress": PROGRESS, "stages": self._stages(), "totals": totals}
+        return {"rows": rows, "progress": PROGRESS, "stages": read_stages(self._config.data), "totals": totals}
 
     def _one(self, uid: str) -> dict[str, Any]:
         return {"view": self._view(uid), "progress": PROGRESS, "secondary_capture": _SECONDARY_CAPTURE}
