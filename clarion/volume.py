@@ -33,6 +33,8 @@ class Geometry:
     rows: int
     columns: int
     frame_of_reference_uid: str
+    single_slice_mm: float = 1.0
+    """How far the slice of a volume of one slice reaches; of several the positions say it."""
 
     @property
     def normal(self) -> NDArray[np.float64]:
@@ -42,10 +44,10 @@ class Geometry:
 
     @property
     def slice_extents_mm(self) -> NDArray[np.float64]:
-        """How far each slice reaches: half-way to both neighbours; at an end the one neighbour's step; alone 1 mm."""
+        """How far each slice reaches: half-way to both neighbours; at an end the one neighbour's step."""
         depths = self.positions_mm @ self.normal
         if len(depths) == 1:
-            return np.ones(1)
+            return np.full(1, self.single_slice_mm)
         steps = np.diff(depths)
         return (np.concatenate((steps[:1], steps)) + np.concatenate((steps, steps[-1:]))) / 2
 
@@ -87,6 +89,7 @@ def save_volume(volume: Volume, folder: Path) -> None:
         "rows": geometry.rows,
         "columns": geometry.columns,
         "frame_of_reference_uid": geometry.frame_of_reference_uid,
+        "single_slice_mm": geometry.single_slice_mm,
         "unit": volume.unit,
         "series_uid": volume.series_uid,
         "sources": [[source.sop_class_uid, source.sop_instance_uid] for source in volume.sources],
@@ -106,6 +109,7 @@ def load_volume(folder: Path) -> Volume:
         rows=raw["rows"],
         columns=raw["columns"],
         frame_of_reference_uid=raw["frame_of_reference_uid"],
+        single_slice_mm=raw["single_slice_mm"],
     )
     return Volume(
         array=np.load(folder / "array.npy", mmap_mode="r", allow_pickle=False),

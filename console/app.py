@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,20 +32,26 @@ if TYPE_CHECKING:
     from streams.stage import StreamsStage
 
 _DRAIN_S = 15.0
+_LOOK_AT_LOCK_S = 0.1
 
 
-def lock(data: Path, name: str) -> TextIOWrapper:
-    """Take a lock that ends with this process. Raises ResourceBusyError when another process has it."""
+def lock(data: Path, name: str, wait_s: float = 0.0) -> TextIOWrapper:
+    """Take a lock that ends with this process. Raises ResourceBusyError when another has it after `wait_s`."""
     make_folder(data)
     file = (data / f"{name}.lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ResourceBusyError(
-            f"another Clarion ({name}) already runs on {data}; stop it, or give this one a `data` folder of its own"
-        ) from error
-    return file
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(_LOOK_AT_LOCK_S)
+                continue
+            file.close()
+            raise ResourceBusyError(
+                f"another Clarion ({name}) already runs on {data}; stop it, or give this one a `data` folder of its own"
+            ) from error
+        return file
 
 
 @dataclass

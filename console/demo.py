@@ -154,7 +154,16 @@ class Demo:
 
     def _start_pacs(self, root: Path, ports: _Ports) -> subprocess.Popen[bytes]:
         caller = ["--caller", OWN_AE, "127.0.0.1", str(ports.scp)]
-        command = [sys.executable, "-m", "clarion.testing.pacs", str(root / "pacs"), str(ports.pacs), PACS_AE, *caller]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "clarion.testing.pacs",
+            str(root / "pacs"),
+            str(ports.pacs),
+            PACS_AE,
+            *caller,
+        ]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=dict(os.environ))  # noqa: S603  our own module
 
     def _send(self, folder: Path, gateway: Destination) -> Sent:

@@ -19,6 +19,8 @@ from console.exits import status_of
 from console.logs import configure
 
 SUPERVISED_BY = "CLARION_SUPERVISED_BY"
+DRAIN_S = 30.0
+"""How long a stage may drain before it is killed."""
 
 
 def serve(stage: str, config: Path) -> None:
@@ -26,7 +28,8 @@ def serve(stage: str, config: Path) -> None:
     checked = check_config(config)
     configure(checked.config.log, stage)
     folder = make_folder(checked.config.data / "run")
-    with lock(folder, stage):
+    # Whoever was orphaned a moment ago still drains; a supervised stage takes its place when it has.
+    with lock(folder, stage, DRAIN_S if os.environ.get(SUPERVISED_BY) else 0.0):
         app = build_app(checked, stage)
         Service(stage, app.data, app.wakeup).run(app.stage(stage))
         app.wakeup.close()

@@ -22,7 +22,7 @@ from clarion.errors import ResourceBusyError
 from clarion.service import read_heartbeats
 from console.app import lock
 from console.schema import create_tables
-from console.serve import SUPERVISED_BY
+from console.serve import DRAIN_S, SUPERVISED_BY
 from console.stages import STAGES
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-DRAIN_S = 30.0
-READY_S = 40.0
+READY_S = 60.0
 _LOOK_S = 0.2
 _LONGEST_PAUSE_S = 30.0
 # A stage that ran this long begins again with a short pause.
@@ -64,7 +63,10 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
 
     def start(self) -> None:
-        """Start every stage and wait until each says that it runs. Raises ResourceBusyError when one cannot."""
+        """Start every stage and wait until each says that it runs. Raises ResourceBusyError when one cannot.
+
+        One that refuses to start says why in the log; one that was killed meanwhile is started again.
+        """
         begun = time.time()
         database = Database(self._url)
         create_tables(database)
@@ -73,11 +75,12 @@ class Supervisor:
             self._children[stage] = _Child(stage, self._spawn(stage), time.monotonic())
         end = time.monotonic() + READY_S
         while not self.ready(begun):
-            ended = [one for one in self._children.values() if one.process.poll() is not None]
-            if ended or time.monotonic() > end:
+            refused = [one for one in self._children.values() if (one.process.poll() or 0) > 0]
+            if refused or time.monotonic() > end:
                 self.stop()
-                names = ", ".join(one.stage for one in ended) or "not every stage"
+                names = ", ".join(one.stage for one in refused) or "not every stage"
                 raise ResourceBusyError(f"{names} could not start; the log above says why")
+            self.look()
             self._stop.wait(_LOOK_S)
 
     def ready(self, since: float) -> bool:
@@ -126,7 +129,7 @@ class Supervisor:
 
     def _spawn(self, stage: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(  # noqa: S603  our own module, no shell
-            [sys.executable, "-m", "console.serve", stage, str(self._config)],
+            [sys.executable, "-P", "-m", "console.serve", stage, str(self._config)],
             env={**os.environ, SUPERVISED_BY: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stderr=self._log_file,

@@ -92,8 +92,9 @@ def read_series(slices: _Slices) -> Volume:
             rows=int(first.Rows),
             columns=int(first.Columns),
             frame_of_reference_uid=str(ordered[0][1].FrameOfReferenceUID),
+            single_slice_mm=_thickness(first) or 1.0,
         ),
-        unit="HU" if first.get("Modality") == "CT" else "",
+        unit=_unit(headers),
         series_uid=str(first.SeriesInstanceUID),
         sources=tuple(
             SliceSource(sop_class_uid=str(ds.SOPClassUID), sop_instance_uid=str(ds.SOPInstanceUID)) for _, ds in ordered
@@ -108,6 +109,23 @@ def _same_everywhere(headers: list[Dataset], keyword: str) -> None:
         raise UnreadableSeriesError("missing-attribute", f"{keyword} is absent")
     if len(values) > 1:
         raise UnreadableSeriesError("mixed-series", f"{keyword} differs among the instances")
+
+
+def _unit(headers: list[Dataset]) -> str:
+    """Give the unit of the rescaled values: of CT Hounsfield units, unless Rescale Type says another (C.7.6.1.1.2)."""
+    if headers[0].get("Modality") != "CT":
+        return ""
+    units = {str(ds.get("RescaleType") or "HU") for ds in headers}
+    if len(units) > 1:
+        raise UnreadableSeriesError("mixed-series", f"RescaleType differs among the instances: {sorted(units)}")
+    return units.pop()
+
+
+def _thickness(ds: Dataset) -> float:
+    try:
+        return max(0.0, float(ds.get("SliceThickness") or 0))
+    except ValueError:
+        return 0.0
 
 
 def _frames_scattered(headers: list[Dataset]) -> bool:
@@ -151,6 +169,10 @@ def _report(ordering: Ordering, headers: list[Dataset]) -> tuple[str, ...]:
         lines.append("no rescale in the headers: stored values are taken as they are")
     if _frames_scattered(headers):
         lines.append("every instance names a frame of reference of its own: that of the first slice is used for all")
+    if len(headers) == 1:
+        thickness = _thickness(headers[0])
+        said = f"of {thickness:g} mm, its Slice Thickness" if thickness else "taken as 1 mm thick: it says no thickness"
+        lines.append(f"one slice only, {said}")
     if len(headers) > 1:
         steps = np.linalg.norm(np.diff(ordering.positions_mm, axis=0), axis=1)
         median = float(np.median(steps))

@@ -10,12 +10,13 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
-from clarion.errors import ConfigError, PermanentError
+from clarion.errors import ConfigError, PermanentError, describe
 from clarion.loading import build, config_model, find
 from clarion.processes import end_with_parent
 
@@ -80,13 +81,16 @@ def run(environment: Mapping[str, str]) -> int:
         Path(environment["CLARION_FAILURE_FILE"]).write_text(said)
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
-    except Exception:  # noqa: BLE001  as said below
-        # The one catch-all of this process: shown as our fault, with its stack trace in the operator's log.
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001  as said below
+        # The one catch-all of this process: shown as our fault, with its stack trace in the operator's log, and
+        # without the text of foreign exceptions, which may quote patient data.
+        sys.stderr.write("".join(traceback.format_tb(error.__traceback__)) + f"{describe(error)}\n")
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    # Warnings of libraries quote values of elements.
+    warnings.simplefilter("ignore")
     end_with_parent(os.environ.get("CLARION_PARENT", ""))
     sys.exit(run(os.environ))

@@ -84,7 +84,7 @@ class Attempt:
         return OperatorWork(
             work_id=self.work_id(operator.name),
             operator=operator.name,
-            command=(sys.executable, "-m", "operators.runner"),
+            command=(sys.executable, "-P", "-m", "operators.runner"),
             environment={
                 **_base_environment(operator.cpu),
                 "HOME": str(self.folder),

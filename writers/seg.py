@@ -13,6 +13,7 @@ from writers.identity import (
     ALGORITHM_FAMILY,
     MANUFACTURER,
     NOT_FOR_CLINICAL_USE,
+    QUALIFICATION,
     JobIdentity,
     SourceSeries,
     add_contributing_equipment,
@@ -77,7 +78,8 @@ def write_segmentation(labels: Labels, source: SourceSeries, job: JobIdentity) -
     )
     copy_patient_and_study(source.first, seg)
     stamp(seg, job, KIND, label="segmentation", modality="SEG")
-    seg.ContentQualification = "RESEARCH"
+    seg.ContentQualification = QUALIFICATION
+    _note(seg, labels)
     seg.ContentCreatorName = None
     _replace_dimension_uids(seg, job)
     add_contributing_equipment(seg, source.first, labels)
@@ -103,6 +105,14 @@ def _description(number: int, segment: Segment, labels: Labels, job: JobIdentity
         tracking_id=identifier,
         display_color=hd.color.CIELabColor.from_rgb(*segment.colour),
     )
+
+
+def _note(seg: Dataset, labels: Labels) -> None:
+    """Say in every frame's derivation what the reader had to say of the series."""
+    said = "; ".join(labels.volume.report)[:1024]
+    if said:
+        for frame in seg.PerFrameFunctionalGroupsSequence:
+            frame.DerivationImageSequence[0].DerivationDescription = said
 
 
 def _replace_dimension_uids(seg: Dataset, job: JobIdentity) -> None:

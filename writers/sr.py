@@ -36,6 +36,7 @@ _MEASURED_HU = _Code("112031", "DCM", "Attenuation Coefficient")
 _HU = _Code("[hnsf'U]", "UCUM", "Hounsfield unit")
 _MEAN = _Code("373098007", "SCT", "Mean")
 _VOLUME, _ML = _Code("118565006", "SCT", "Volume"), _Code("mL", "UCUM", "milliliter")
+_COMMENT = _Code("121106", "DCM", "Comment")
 _SIGNIFICANT = 6
 
 
@@ -67,6 +68,11 @@ def write_measurement_report(
         procedure_reported=_Code("77477000", "SCT", "Computed tomography"),
         imaging_measurements=groups,
         title=_Code("126000", "DCM", "Imaging Measurement Report"),
+    )
+    # What the reader had to say of the series concerns every number in the report.
+    content[0].ContentSequence.extend(
+        hd.sr.TextContentItem(name=_COMMENT, value=line, relationship_type=hd.sr.RelationshipTypeValues.CONTAINS)
+        for line in labels.volume.report
     )
     evidence = [*source.headers, seg]
     report = hd.sr.Comprehensive3DSR(

@@ -16,7 +16,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from support.world import make_series
 
-from clarion.errors import UnreadableSeriesError
+from clarion.errors import OperatorError, UnreadableSeriesError
 from clarion.testing.phantom import PhantomSpec
 from clarion.volume import load_volume
 from operators.chest_ct import ChestCtSegmentation
@@ -163,3 +163,40 @@ def test_what_cannot_be_decoded_is_named_without_its_content(tmp_path: Path) -> 
     changed.save_as(files[1])
     with pytest.raises(UnreadableSeriesError, match=r"undecodable: [0-9.]+ \(Explicit VR Little Endian\)"):
         run(DicomReader(DicomReader.Config(modality="CT")), {"payload": tmp_path / "payload"}, tmp_path / "v", "volume")
+
+
+def test_every_result_says_what_the_reader_said(tmp_path: Path) -> None:
+    """A slice is missing: volumes go over the gap, and no result keeps quiet about it (writers specification 1.2)."""
+    files = make_series(tmp_path / "payload", PhantomSpec(slices=7, size=64, length_mm=160, seed=5))
+    files[3].unlink()
+    results, findings = pipeline(tmp_path / "payload", tmp_path)
+    assert findings == []
+    for name, folder in results.items():
+        path = next(folder.glob("*.dcm"))
+        texts = [str(one.value) for one in dcmread(path).iterall() if one.VR in {"ST", "LT", "UT", "LO"}]
+        assert any("not evenly spaced" in text for text in texts), name
+        done = subprocess.run([DCIODVFY, str(path)], capture_output=True, text=True, timeout=60, check=False)
+        assert [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")] == [], name
+
+
+def test_a_ct_that_is_not_in_hounsfield_units_is_refused(tmp_path: Path) -> None:
+    """Bites: call every CT HU, and an iodine map is segmented by thresholds that mean nothing there."""
+    for path in make_series(tmp_path / "payload"):
+        ds = dcmread(path)
+        ds.RescaleType = "MGML"
+        ds.save_as(path)
+    with pytest.raises(OperatorError, match="MGML"):
+        pipeline(tmp_path / "payload", tmp_path)
+
+
+def test_a_single_slice_has_the_thickness_it_says(tmp_path: Path) -> None:
+    files = make_series(tmp_path / "payload", PhantomSpec(slices=3, size=16, length_mm=60))
+    for path in files[1:]:
+        path.unlink()
+    ds = dcmread(files[0])
+    ds.SliceThickness = "2.5"
+    ds.save_as(files[0])
+    volume = load_volume(run(DicomReader(DicomReader.Config(modality="CT")), {"payload": tmp_path / "payload"},
+                             tmp_path / "volume", "volume"))  # fmt: skip
+    assert volume.geometry.slice_extents_mm.tolist() == [2.5]
+    assert any("2.5 mm" in line for line in volume.report)
