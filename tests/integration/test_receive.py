@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -190,54 +189,49 @@ def test_not_dicom_on_the_port_harms_nobody(system: System) -> None:
 
 
 @pytest.mark.parametrize("folder", ["transfer-syntaxes", "charset", "malformed", "enhanced-mr", "us-multiframe"])
-def test_real_data_is_received_without_loss(system: System, folder: str, tmp_path: Path) -> None:
-    """Every file DCMTK can send is stored, or set aside with a reason; what was acknowledged is kept byte for byte."""
-    sent = 0
-    acknowledged: set[tuple[str, str]] = set()
-    for number, path in enumerate(sorted(real(folder).rglob("*"))):
-        if path.is_file() and _is_sendable(path):
-            copy = tmp_path / f"{number}.dcm"
-            shutil.copy(path, copy)
-            acknowledged |= _send_as_it_is(copy, system.scp)
-            sent += 1
-    assert sent > 1
+def test_real_data_is_received_without_loss(system: System, folder: str) -> None:
+    """Every file is sent and answered: stored, or set aside with a reason. What was acknowledged is kept byte for byte.
+
+    Bites: an SCP that aborts, hangs or answers 0x0110 to any of them fails here.
+    """
+    files = [path for path in sorted(real(folder).rglob("*")) if path.is_file() and path.stat().st_size]
+    before = len(quarantined(system))
+    answers = {path: _send_as_it_is(path, system.scp) for path in files}
+    statuses = [status for status, _ in answers.values()]
+    assert set(statuses) <= {0x0000, 0xC000, 0xA900}
+    acknowledged = {identity for status, identity in answers.values() if status == 0x0000}
     assert acknowledged
     system.wait_for(lambda: acknowledged <= identities(system), "everything acknowledged is grouped", 60)
+    # The same bytes for the same reason are set aside once.
+    system.wait_for(
+        lambda: (len(quarantined(system)) > before) == any(status != 0 for status in statuses), "the rest is set aside"
+    )
     _check_bytes(system)
     assert _free(system)
 
 
-def _is_sendable(path: Path) -> bool:
-    try:
-        data, syntax = split_part10(path.read_bytes())
-    except InvalidInstanceError:
-        return False
-    return bool(data) and bool(syntax)
+def _send_as_it_is(path: Path, port: int) -> tuple[int, tuple[str, str]]:
+    """Send the bytes as they are, with our own requestor, since DCMTK rewrites what it parses.
 
-
-def _send_as_it_is(path: Path, port: int) -> set[tuple[str, str]]:
-    """Send the bytes as they are: with our own requestor, since DCMTK rewrites what it parses."""
+    What is no Part 10 file, or names no usable UIDs, is sent under substitutes: the SCP has to say what is wrong.
+    """
     from clarion.dicom import read_header
-    from clarion.errors import ClarionError
     from clarion.model import Destination, is_uid
     from gateway.scu import Requestor, Timeouts
 
-    data, syntax = split_part10(path.read_bytes())
-    header = read_header(data, syntax)
-    if not is_uid(header.sop_class_uid) or not is_uid(header.sop_instance_uid):
-        return set()
-    peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=port)
     try:
-        with Requestor(
-            peer, own_ae="SENDER", classes=[(header.sop_class_uid, syntax)], timeouts=Timeouts(connect_s=5, dimse_s=20)
-        ) as scu:
-            status = scu.store(
-                data, sop_class=header.sop_class_uid, sop_instance=header.sop_instance_uid, syntax=syntax
-            )
-    except (ClarionError, ValueError):
-        return set()
-    assert status in {0x0000, 0xC000, 0xA900}, f"{path.name}: 0x{status:04X}"
-    return {(header.sop_instance_uid, hashlib.sha256(data).hexdigest())} if status == 0 else set()
+        data, syntax = split_part10(path.read_bytes())
+    except InvalidInstanceError:
+        data, syntax = path.read_bytes(), "1.2.840.10008.1.2.1"
+    header = read_header(data, syntax)
+    sop_class = header.sop_class_uid if is_uid(header.sop_class_uid) else "1.2.840.10008.5.1.4.1.1.2"
+    instance = header.sop_instance_uid if is_uid(header.sop_instance_uid) else "1.2.3.4.5.6.7.8"
+    syntax = syntax if is_uid(syntax) else "1.2.840.10008.1.2.1"
+    peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=port)
+    timeouts = Timeouts(connect_s=5, dimse_s=20)
+    with Requestor(peer, own_ae="SENDER", classes=[(sop_class, syntax)], timeouts=timeouts) as scu:
+        status = scu.store(data, sop_class=sop_class, sop_instance=instance, syntax=syntax)
+    return status, (instance, hashlib.sha256(data).hexdigest())
 
 
 def _check_bytes(system: System) -> None:
