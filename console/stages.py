@@ -1,5 +1,37 @@
-"""The processes of a running Clarion, in the order in which they drain."""
+"""The processes of a running Clarion, in the order in which they drain, and how each of them is."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from clarion.service import read_heartbeats
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clarion.service import Heartbeat
+
 STAGES = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
+# Records that wait in the journal for so long are not just on their way.
+_BEHIND = timedelta(seconds=60)
+
+
+def read_stages(data: Path) -> list[dict[str, Any]]:
+    """Read how every stage is: `running`, `troubled` (its last step failed), `behind` (records wait) or `down`."""
+    beats = {beat.stage: beat for beat in read_heartbeats(data / "run")}
+    return [_stage(name, beats.get(name)) for name in STAGES]
+
+
+def _stage(name: str, beat: Heartbeat | None) -> dict[str, Any]:
+    if beat is None:
+        return {"stage": name, "state": "down", "alive": False, "pid": None, "trouble": "has not been started"}
+    described = {"stage": name, "alive": beat.alive, "pid": beat.pid, "trouble": beat.trouble, "facts": beat.facts}
+    since = str(beat.facts.get("waiting_since", ""))
+    if not beat.alive:
+        return {**described, "state": "down", "trouble": "its process has ended or no longer speaks"}
+    if beat.trouble:
+        return {**described, "state": "troubled"}
+    if since and datetime.now(UTC) - datetime.fromisoformat(since) > _BEHIND:
+        return {**described, "state": "behind", "trouble": f"records wait since {since[:19]}"}
+    return {**described, "state": "running"}

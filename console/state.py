@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,41 +11,15 @@ from rich.table import Table
 
 from clarion.adapters.embedded import count_dead_letters, read_dead_letters, read_lag
 from clarion.errors import BusUnavailableError
-from clarion.service import read_heartbeats
-from console.stages import STAGES
+from console.stages import read_stages
 from gateway.queries import count_open_groups, count_quarantine, list_blocked_groups, list_deliveries
 from orchestrator.queries import count_jobs
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from clarion.service import Heartbeat
     from console.app import App
     from console.studies import StudyView
 
-# Records that wait in the journal for so long are not just on their way.
-_BEHIND = timedelta(seconds=60)
 _SHOWN = 10
-
-
-def read_stages(data: Path) -> list[dict[str, Any]]:
-    """Read how every stage is: `running`, `troubled` (its last step failed), `behind` (records wait) or `down`."""
-    beats = {beat.stage: beat for beat in read_heartbeats(data / "run")}
-    return [_stage(name, beats.get(name)) for name in STAGES]
-
-
-def _stage(name: str, beat: Heartbeat | None) -> dict[str, Any]:
-    if beat is None:
-        return {"stage": name, "state": "down", "alive": False, "pid": None, "trouble": "has not been started"}
-    described = {"stage": name, "alive": beat.alive, "pid": beat.pid, "trouble": beat.trouble, "facts": beat.facts}
-    since = str(beat.facts.get("waiting_since", ""))
-    if not beat.alive:
-        return {**described, "state": "down", "trouble": "its process has ended or no longer speaks"}
-    if beat.trouble:
-        return {**described, "state": "troubled"}
-    if since and datetime.now(UTC) - datetime.fromisoformat(since) > _BEHIND:
-        return {**described, "state": "behind", "trouble": f"records wait since {since[:19]}"}
-    return {**described, "state": "running"}
 
 
 def read_state(app: App) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from clarion.elements import Walker
 from clarion.model import is_uid
 from clarion.service import read_heartbeats
 from console.checks import is_loopback
-from console.state import read_stages
+from console.stages import read_stages
 from console.studies import read_studies, read_study
 from gateway.queries import list_quarantine
 from streams.queries import PROGRESS

@@ -99,11 +99,22 @@ def test_manifest_round_trip(ref: ObjectRef) -> None:
     assert Manifest.decode(manifest.encode()) == manifest
 
 
-@given(st.text(max_size=70))
+@given(st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}", fullmatch=True))
 def test_what_counts_as_a_uid_is_safe_as_a_file_name(text: str) -> None:
-    if is_uid(text):
-        assert os.path.basename(text) == text  # noqa: PTH119  the point of the test
-        assert text not in {".", "..", ""}
+    assert is_uid(text)
+    assert os.path.basename(text) == text  # noqa: PTH119  the point of the test
+    assert text not in {".", "..", ""}
+
+
+@given(st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}", fullmatch=True), st.sampled_from("/\\\0\n .a-*"), st.randoms())
+def test_a_uid_with_any_other_character_is_none(text: str, other: str, rng: Any) -> None:
+    """Bites: use `match` for `fullmatch`, or let `$` accept a line break, and a path comes through."""
+    place = rng.randrange(len(text) + 1)
+    bad = text[:place] + other + text[place:]
+    assert other == "." or not is_uid(bad)
+    assert not is_uid(text + "/..")
+    assert not is_uid(text + "\n")
+    assert not is_uid(text + "." * (65 - len(text)))
 
 
 # Data sets ------------------------------------------------------------------------------------------------------

@@ -31,11 +31,14 @@ TIMEOUT_S = 5
 
 @dataclass(frozen=True)
 class Arrival:
-    """One instance: study, number within it, content, seconds since the arrival before, and a restart after it."""
+    """One instance: study, number within it, content, the association it comes by and whether that ends with it,
+    seconds since the arrival before, and a restart after it."""
 
     study: int
     number: int
     content: str
+    association: str
+    ends: bool
     gap_s: float
     restart: bool
 
@@ -46,6 +49,8 @@ ARRIVALS = st.lists(
         study=st.integers(1, 3),
         number=st.integers(1, 4),
         content=st.sampled_from("aab"),
+        association=st.sampled_from("xyz"),
+        ends=st.booleans(),
         gap_s=st.sampled_from([0.0, 0.1, 1.0, 4.9, 5.0, 5.1, 30.0]),
         restart=st.booleans(),
     ),
@@ -109,10 +114,15 @@ class Rig:
         data = data_set(one)
         fields = {
             "sop_class_uid": "1.2.840.10008.5.1.4.1.1.2", "sop_instance_uid": f"1.{one.study}.{one.number}",
-            "transfer_syntax_uid": "1.2.840.10008.1.2.1", "calling_ae": "A", "called_ae": "B", "association": "x",
-            "study_uid": f"1.{one.study}", "series_uid": f"1.{one.study}.0", "object": asdict(self.store.put(data)),
+            "transfer_syntax_uid": "1.2.840.10008.1.2.1", "calling_ae": "A", "called_ae": "B",
+            "association": one.association, "study_uid": f"1.{one.study}", "series_uid": f"1.{one.study}.0",
+            "object": asdict(self.store.put(data)),
         }  # fmt: skip
         self.writer.append("stored", fields)
+        if one.ends:
+            ended = {"association": one.association, "reason": "released", "calling_ae": "A", "called_ae": "B",
+                     "study_uid": f"1.{one.study}", "stored": 1, "refused": 0}  # fmt: skip
+            self.writer.append("ended", ended)
 
     def settle(self) -> None:
         for _ in range(1000):
@@ -201,7 +211,7 @@ def test_key_that_comes_back_after_a_day_is_a_new_group(tmp_path: Path) -> None:
     for number, gap in ((1, 0), (2, 23 * 3600), (3, 25 * 3600)):
         rig.clock.advance(timedelta(seconds=gap))
         rig.settle()
-        rig.receive(Arrival(1, number, "a", 0, restart=False))
+        rig.receive(Arrival(1, number, "a", "x", ends=False, gap_s=0, restart=False))
         rig.clock.advance(timedelta(seconds=60))
         rig.settle()
     with rig.database.reading() as connection:
@@ -225,8 +235,8 @@ def test_rule_that_raises_costs_nothing_but_its_own_instance(tmp_path: Path) -> 
             raise ZeroDivisionError
 
     object.__setattr__(rig.grouping._registry["B"], "rule", Broken())
-    rig.receive(Arrival(1, 1, "a", 0, restart=False))
-    rig.receive(Arrival(1, 2, "a", 0, restart=False))
+    rig.receive(Arrival(1, 1, "a", "x", ends=False, gap_s=0, restart=False))
+    rig.receive(Arrival(1, 2, "a", "x", ends=False, gap_s=0, restart=False))
     rig.clock.advance(timedelta(seconds=60))
     rig.settle()
     with rig.database.reading() as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import struct
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,9 +19,10 @@ from clarion.adapters.memory import ManualClock, MemoryStore
 from clarion.errors import StoreUnavailableError, TransientError
 from clarion.model import Action, Decision, Group, Instance, ObjectRef, Trigger
 from clarion.testing.suites import MOMENT
-from gateway import tables
+from gateway import groups, tables
 from gateway.grouping import Grouping
 from gateway.journal import JournalWriter
+from gateway.queries import list_blocked_groups, list_studies
 from gateway.registry import CalledEntity
 
 
@@ -85,7 +87,8 @@ class Rig:
 
     def kinds(self) -> list[str]:
         with self.database.reading() as connection:
-            return list(connection.execute(sa.select(events_table.c.kind)).scalars())
+            query = sa.select(events_table.c.kind).order_by(events_table.c.position)
+            return list(connection.execute(query).scalars())
 
 
 @pytest.mark.parametrize(
@@ -185,6 +188,9 @@ def test_a_rule_that_gives_no_key_concerns_its_instance(
         (lambda *_: Decision(action=Action.CLOSE), _raises),
         (lambda *_: Decision(action=Action.CLOSE), lambda _: ["p"]),
         (lambda *_: Decision(action=Action.CLOSE), lambda _: None),
+        (lambda *_: Decision(action=Action.CLOSE), lambda _: [Trigger(pipeline_id="p", name=object())]),  # type: ignore[arg-type]
+        (lambda *_: Decision(action=Action.CLOSE), lambda _: [Trigger(pipeline_id="p", name="")]),
+        (lambda *_: Decision(action=Action.CLOSE), lambda _: [Trigger(pipeline_id="p", name="n", priority="soon")]),
     ],
 )
 def test_a_rule_that_cannot_decide_leaves_its_group_open(complete: Any, triggers: Any, tmp_path: Path) -> None:
@@ -209,7 +215,116 @@ def test_a_rule_that_cannot_decide_leaves_its_group_open(complete: Any, triggers
     rig.clock.advance(timedelta(seconds=30))
     rig.settle()
     assert rig.kinds().count("group.closed.v1") == 1, "the healthy one"
+    assert rig.kinds().count("group.blocked.v1") == 1, "said once"
+    assert [one.reason for one in list_blocked_groups(rig.database)] == ["rule-failed"]
+    for _ in range(3):
+        rig.clock.advance(timedelta(seconds=90))
+        rig.settle()
+    assert rig.kinds().count("group.blocked.v1") == 1, "not every minute"
     rule.broken = False
     rig.clock.advance(timedelta(seconds=90))
     rig.settle()
     assert rig.kinds().count("group.closed.v1") == 2, "the other one, once its rule answers"
+
+
+@pytest.mark.parametrize("trouble", ["failed", "removed"])
+def test_a_group_whose_rule_never_answers_is_given_up_in_the_end(trouble: str, tmp_path: Path) -> None:
+    """I5: nothing waits for ever; its instances are kept."""
+
+    class Rule(GoodRule):
+        is_complete = _raises
+
+    rig = Rig(tmp_path, Rule())
+    rig.receive(1)
+    rig.settle()
+    if trouble == "removed":
+        rig.grouping._registry.clear()
+    rig.clock.advance(timedelta(days=6))
+    rig.settle()
+    assert rig.kinds()[-1] == "group.blocked.v1"
+    rig.clock.advance(timedelta(days=2))
+    rig.settle()
+    assert rig.kinds()[-1] == "group.discarded.v1"
+    assert rig.grouped() == {"1.2.1"}
+    assert list_blocked_groups(rig.database) == []
+
+
+def test_what_grouping_cannot_follow_keeps_no_other_group_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bites: without the savepoint around a group's closing, grouping repeats the same transaction for ever."""
+
+    class Rule(GoodRule):
+        def group_of(self, instance: Instance) -> Any:
+            return str(instance.sop_instance_uid)
+
+    rig = Rig(tmp_path, Rule())
+    rig.receive(1)
+    rig.receive(2)
+    rig.settle()
+    whole = groups.manifest_of
+
+    def failing(connection: sa.Connection, row: sa.RowMapping) -> Any:
+        return _raises() if row["key"] == "1.2.1" else whole(connection, row)
+
+    monkeypatch.setattr(groups, "manifest_of", failing)
+    rig.clock.advance(timedelta(seconds=30))
+    rig.settle()
+    assert [one.reason for one in list_blocked_groups(rig.database)] == ["grouping-failed"]
+    assert rig.kinds().count("group.closed.v1") == 1
+
+
+def test_an_instance_that_was_ignored_and_is_wanted_later_is_grouped(tmp_path: Path) -> None:
+    """Received = grouped + ignored + quarantined also holds after the rule changed its mind."""
+
+    class Rule(GoodRule):
+        takes = False
+
+        def group_of(self, _instance: Instance) -> Any:
+            return "k" if self.takes else None
+
+    rule = Rule()
+    rig = Rig(tmp_path, rule)
+    ref = rig.receive(1)
+    rig.settle()
+    assert rig.kinds() == ["instance.ignored.v1"]
+    rule.takes = True
+    rig.receive(1, ref=ref)
+    rig.settle()
+    assert rig.kinds() == ["instance.ignored.v1", "instance.stored.v1", "group.opened.v1"]
+    counts = list_studies(rig.database)[0]
+    assert (counts.received, counts.grouped, counts.ignored) == (1, 1, 0)
+
+
+def test_an_ignored_sop_class_is_counted_and_said_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, GoodRule())
+    fields = {"sop_class_uid": "1.2", "sop_instance_uid": "1.2.1", "transfer_syntax_uid": "1.2.840.10008.1.2.1",
+              "calling_ae": "A", "called_ae": "B", "association": "x", "study_uid": "1.9",
+              "reason": "sop-class-ignored"}  # fmt: skip
+    for _ in range(3):
+        rig.writer.append("ignored", fields)
+    rig.settle()
+    assert rig.kinds() == ["instance.ignored.v1"]
+    counts = list_studies(rig.database)[0]
+    assert (counts.received, counts.grouped, counts.ignored) == (1, 0, 1)
+
+
+def test_objects_are_read_before_the_database_is_locked(tmp_path: Path) -> None:
+    """Bites: read within the transaction, and everybody waits for the disk under one object."""
+    rig = Rig(tmp_path, GoodRule())
+    rig.receive(1)
+    read, locked = rig.store.read, []
+
+    def watching(ref: ObjectRef) -> bytes:
+        other = sqlite3.connect(tmp_path / "clarion.db", timeout=0)
+        try:
+            other.execute("BEGIN IMMEDIATE")
+            locked.append(False)
+        except sqlite3.OperationalError:
+            locked.append(True)
+        other.close()
+        return read(ref)
+
+    rig.store.read = watching  # type: ignore[method-assign]
+    rig.settle()
+    assert locked == [False]

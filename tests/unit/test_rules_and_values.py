@@ -225,3 +225,36 @@ def test_study_state_is_the_least_advanced_and_failures_come_first() -> None:
     assert state_of(story) == "Produced"
     assert state_of([*story, line("result.verified.v1", "d2", "Verified")]) == "Verified"
     assert state_of([*story, line("delivery.failed.v1", "d2", "Failed")]) == "Failed"
+
+
+def test_a_study_whose_group_goes_on_is_not_done() -> None:
+    """Bites: once a job cites its group, hide what the group says later, and late instances are Verified unseen."""
+    done = [
+        line("group.closed.v1", "g", "Grouped"),
+        line("job.requested.v1", "j", "Triggered", "g"),
+        line("delivery.requested.v1", "d", "Produced", "j"),
+        line("result.verified.v1", "d", "Verified"),
+    ]
+    late = [*done, line("group.revised.v1", "g", "Received")]
+    assert (state_of(done), state_of(late)) == ("Verified", "Received")
+    assert state_of([*late, line("group.blocked.v1", "g", "Failed")]) == "Failed"
+    closed = [*late, line("group.closed.v1", "g", "Grouped")]
+    assert state_of(closed) == "Grouped"
+    again = [*closed, line("job.requested.v1", "k", "Triggered", "g"), line("job.superseded.v1", "j", "Superseded")]
+    assert state_of(again) == "Triggered"
+    # A late revision that triggers nothing: its line is its own parent.
+    assert state_of([*late, line("group.closed.v1", "g", "Grouped", "g")]) == "Verified"
+    assert state_of([line("group.closed.v1", "g", "Grouped", "g")]) == "Grouped"
+
+
+def test_a_superseded_delivery_does_not_hold_a_study_back() -> None:
+    story = [
+        line("job.requested.v1", "j", "Triggered"),
+        line("delivery.requested.v1", "d", "Produced", "j"),
+        line("job.superseded.v1", "j", "Superseded"),
+        line("delivery.superseded.v1", "d", "Superseded"),
+        line("job.requested.v1", "k", "Triggered"),
+        line("delivery.requested.v1", "e", "Produced", "k"),
+        line("result.verified.v1", "e", "Verified"),
+    ]
+    assert state_of(story) == "Verified"
