@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from pydicom import Dataset
 from pynetdicom import AE, _config, evt
+from pynetdicom.pdu import A_ABORT_RQ, A_RELEASE_RQ
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]  # made from a table at import
 from pynetdicom.transport import ThreadedAssociationServer
 
@@ -45,6 +46,7 @@ _MAX_COMMENT = 64
 _STALL_S = 30.0
 # Connections beyond the associations allowed: those that are being refused, or say nothing.
 _SPARE_CONNECTIONS = 32
+_ENDINGS: dict[type, str] = {A_ABORT_RQ: "aborted", A_RELEASE_RQ: "released"}
 _NOT_STORAGE = frozenset((Verification, StorageCommitmentPushModel))
 
 
@@ -70,11 +72,15 @@ class _Association:
 
 @dataclass(slots=True)
 class _Connection:
-    """What we keep of one connection while it lasts; `answered` once its association was accepted or rejected."""
+    """What we keep of one connection while it lasts.
+
+    `answered` once its association was accepted or rejected; `ending` how the peer said that it ends.
+    """
 
     guard: Guard
     address: str
     answered: bool = False
+    ending: str = ""
 
 
 class Scp:
@@ -100,6 +106,7 @@ class Scp:
             (evt.EVT_C_ECHO, self._verified),
             (evt.EVT_C_STORE, self._stored),
             (evt.EVT_N_EVENT_REPORT, self._reported),
+            (evt.EVT_PDU_RECV, self._received),
             (evt.EVT_PDU_SENT, _sent),
             (evt.EVT_RELEASED, lambda event: self._ended(event.assoc, "released")),
             (evt.EVT_ABORTED, lambda event: self._ended(event.assoc, "aborted")),
@@ -267,6 +274,13 @@ class Scp:
             return PROCESSING_FAILURE, None
         return SUCCESS, None
 
+    def _received(self, event: evt.Event) -> None:
+        """Note how the peer ends the association: its connection may be gone before the library has looked."""
+        ending = _ENDINGS.get(type(event.pdu))
+        connection = self._connections.get(event.assoc) if ending is not None else None
+        if connection is not None and ending is not None:
+            connection.ending = ending
+
     def _ended(self, assoc: object, reason: str) -> None:
         with self._lock:
             association = self._open.pop(assoc, None)
@@ -275,6 +289,7 @@ class Scp:
             if connection is not None and not connection.answered:
                 log.info("connection.ended", reason="no association was asked for", address=connection.address)
             return
+        reason = connection.ending if connection is not None and connection.ending else reason
         log.info("association.ended", association=association.id, reason=reason)
         with effect("scp.associationended"):
             self._intake.association_ended(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +27,16 @@ from support.processes import wait_for_port
 from support.world import free_port, pause
 
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus
+from clarion.adapters.embedded import EmbeddedBus, events_table
 from clarion.adapters.memory import ManualClock, MemoryStore
 from clarion.config import GatewayConfig
 from clarion.dicom import split_part10
-from clarion.events import DeliveryRequested
+from clarion.events import DeliveryRequested, JobSuperseded
 from clarion.model import JobId, ObjectRef, ResultInstance, ResultSet, SeriesUid, SopInstanceUid, StudyUid
 from clarion.testing.suites import MOMENT
 from gateway import tables
 from gateway.delivery import DeliveryStage
-from gateway.outbound import DeliveryRequests, Outbound
+from gateway.outbound import DeliveryRequests, Outbound, SupersededJobs
 
 EXPLICIT = str(ExplicitVRLittleEndian)
 INSTANCES = 4
@@ -60,19 +61,22 @@ def encoded(ds: Dataset) -> bytes:
 
 
 class Rig:
-    def __init__(self, root: Path, port: int) -> None:
+    def __init__(self, root: Path, port: int, **delivery: float) -> None:
         self.clock = ManualClock(MOMENT)
         self.store = MemoryStore()
         self.database = Database(f"sqlite:///{root / 'clarion.db'}")
         self.database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
         bus = EmbeddedBus(self.database, self.clock)
         bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
+        bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
         config = GatewayConfig.model_validate({
             "destinations": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": port}],
-            "delivery": {"max_retries": 2, "connect_timeout_s": 3, "dimse_timeout_s": 3, "failure_threshold": 1},
+            "delivery": {
+                "max_retries": 2, "connect_timeout_s": 3, "dimse_timeout_s": 3, "failure_threshold": 1, **delivery,
+            },
         })  # fmt: skip
-        outbound = Outbound(self.database)
-        self.stage = DeliveryStage(config=config, bus=bus, outbound=outbound, store=self.store, clock=self.clock)
+        self.outbound = Outbound(self.database)
+        self.stage = DeliveryStage(config=config, bus=bus, outbound=self.outbound, store=self.store, clock=self.clock)
         self.bus = bus
 
     def request(self, *, missing: int | None = None) -> None:
@@ -95,14 +99,20 @@ class Rig:
         self.bus.publish([event])
 
     def settle(self) -> Any:
+        ends = {"verified", "unverified", "failed", "superseded"}
         for _ in range(2000):
             self.stage.step()
             if self.stage.idle():
-                if self.row() is not None and self.row().state in {"verified", "unverified", "failed"}:
+                if self.row() is not None and self.row().state in ends:
                     return self.row()
                 self.clock.advance(timedelta(seconds=2))
             pause(0.005)
         raise AssertionError(f"never settled: {self.row()}")
+
+    def kinds(self) -> list[str]:
+        with self.database.reading() as connection:
+            query = sa.select(events_table.c.kind).where(events_table.c.subject == "d")
+            return list(connection.execute(query.order_by(events_table.c.position)).scalars())
 
     def row(self) -> Any:
         with self.database.reading() as connection:
@@ -167,6 +177,107 @@ def test_a_query_that_fails_is_no_proof_of_loss(tmp_path: Path) -> None:
         assert row.state == "unverified"
         assert "0xA700" in row.reason
         assert set(pacs.stored.values()) == {1}
+
+
+def test_a_peer_that_indexes_late_is_asked_again_before_anything_is_sent_again(tmp_path: Path) -> None:
+    """Bites: believe the first empty answer, and everything is sent four times and fails though it is stored."""
+    asked: list[int] = []
+
+    def find(_: str) -> int:
+        asked.append(1)
+        return 0x0000 if len(asked) < 4 else 0xFF00
+
+    with peer(find=find) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        assert (rig.settle().state, rig.row().reason) == ("verified", "query")
+        assert set(pacs.stored.values()) == {1}
+        assert len(asked) >= 4
+
+
+def test_no_peer_proves_the_delivery_of_another(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, free_port())
+    rig.outbound.commitment_reported("1.2", "OTHER", now=MOMENT, stored=("1.2.3.0",), failed=())
+    assert rig.outbound.commitment("1.2", "PACS") is None
+    assert rig.outbound.commitment("1.2", "OTHER") == {"1.2.3.0"}
+
+
+def test_results_of_an_older_revision_that_wait_are_not_sent(tmp_path: Path) -> None:
+    """Bites: let a delivery live on when its job was superseded, and half a study's report goes out unmarked."""
+    with peer(lambda *_: 0xA700) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        while rig.row() is None or rig.row().attempts < 1 or not rig.stage.idle():
+            rig.stage.step()
+            pause(0.005)
+        superseded = JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k")
+        rig.bus.publish([superseded])
+        assert rig.settle().state == "superseded"
+        assert rig.kinds()[-1] == "delivery.superseded.v1"
+        before = dict(pacs.stored)
+        rig.clock.advance(timedelta(hours=2))
+        rig.stage.step()
+        assert pacs.stored == before
+
+
+def test_what_was_delivered_stays_delivered_when_its_job_is_superseded(tmp_path: Path) -> None:
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        rig.settle()
+        rig.bus.publish([JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k")])
+        rig.stage.step()
+        assert rig.row().state == "verified"
+
+
+def test_a_person_takes_a_failed_delivery_up_and_only_what_is_missing_is_sent(tmp_path: Path) -> None:
+    """Redelivery at any time (registry specification 7.2)."""
+    broken = True
+
+    def status(uid: str, _: int) -> int:
+        return 0xA700 if broken and uid == "1.2.3.2" else 0
+
+    with peer(status) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        assert rig.settle().state == "failed"
+        broken = False
+        assert rig.outbound.retry(["d", "unknown"], rig.clock.now()) == ["d"]
+        assert rig.settle().state == "verified"
+        assert pacs.stored == {"1.2.3.0": 1, "1.2.3.1": 1, "1.2.3.2": 4, "1.2.3.3": 1}
+        assert rig.outbound.retry(["d"], rig.clock.now()) == [], "what is verified is not sent again"
+
+
+def test_nothing_more_is_sent_on_an_association_that_gave_no_answer(tmp_path: Path) -> None:
+    """Bites: go on after a time-out, and a dead PACS costs the deadline once per instance."""
+
+    def hang(uid: str, times: int) -> int:
+        if times == 1 and uid == "1.2.3.0":
+            gone.wait(20)
+        return 0
+
+    gone = threading.Event()
+    with peer(hang) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        while rig.row() is None or rig.row().attempts < 1 or not rig.stage.idle():
+            rig.stage.step()
+            pause(0.005)
+        gone.set()
+        with rig.database.reading() as connection:
+            rows = connection.execute(sa.select(tables.delivery_instances.c.status)).scalars()
+            assert sorted(str(one) for one in rows) == ["-1", "None", "None", "None"]
+        assert rig.settle().state == "verified"
+
+
+@pytest.mark.parametrize(("status", "sent"), [(0xA900, 4), (0xA700, 3)])
+def test_only_refusals_for_now_say_that_the_peer_is_down(status: int, sent: int, tmp_path: Path) -> None:
+    """failure_threshold: after more than half refused for now the attempt is given up; for good, it goes on."""
+    with peer(lambda *_: status) as pacs:
+        rig = Rig(tmp_path, pacs.port, failure_threshold=0.5, max_retries=0)
+        rig.request()
+        assert rig.settle().state == "failed"
+        assert len(pacs.stored) == sent
 
 
 def test_what_the_peer_lost_is_sent_again_alone(tmp_path: Path) -> None:

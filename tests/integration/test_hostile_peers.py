@@ -9,62 +9,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.scp import CT, EXPLICIT, Serving, serving
 from support.world import free_port, pause
 
-from clarion.adapters.files import FileStore
-from clarion.adapters.memory import ManualClock
-from clarion.config import GatewayConfig
 from clarion.errors import PeerUnavailableError
 from clarion.model import Destination
 from clarion.testing.pacs import Pacs
-from clarion.testing.suites import MOMENT
 from gateway import scp as scp_module
-from gateway.access import AccessList
-from gateway.intake import Intake
-from gateway.journal import JournalWriter
-from gateway.scp import Scp
 from gateway.scu import Requestor, Timeouts
-from gateway.space import Space
-
-CT = "1.2.840.10008.5.1.4.1.1.2"
-EXPLICIT = "1.2.840.10008.1.2.1"
-
-
-@dataclass
-class Listening:
-    scp: Scp
-    port: int
-
-    def requestor(self) -> Requestor:
-        peer = Destination(name="us", ae_title="B", host="127.0.0.1", port=self.port)
-        timeouts = Timeouts(connect_s=5, dimse_s=5)
-        return Requestor(peer, own_ae="A", classes=[(CT, EXPLICIT)], timeouts=timeouts)
 
 
 @pytest.fixture
-def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
+def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     """The real SCP with a short deadline, room for four associations, and data sets of up to 3 MB."""
     monkeypatch.setattr(scp_module, "_STALL_S", 1.0)
     monkeypatch.setattr(scp_module, "_SPARE_CONNECTIONS", 4)
-    port = free_port()
-    config = GatewayConfig.model_validate({
-        "scp": {"port": port, "max_associations": 4, "max_instance_gb": 0.003},
-        "ae_titles": [{"ae_title": "B"}],
-        "sources": [{"ae_title": "A", "host": "127.0.0.1"}],
-        "intake": {"watermark_percent": 100, "reserve_gb": 0},
-    })  # fmt: skip
-    space = Space(tmp_path, config.intake)
-    journal = JournalWriter(tmp_path / "journal", ManualClock(MOMENT))
-    intake = Intake(
-        store=FileStore(tmp_path / "objects"), journal=journal, space=space, ignored_classes={}, wake=lambda: None
-    )
-    scp = Scp(config.scp, access=AccessList(config), intake=intake, space=space)
-    yield Listening(scp, port)
-    scp.drain(1)
+    with serving(tmp_path, scp={"max_associations": 4, "max_instance_gb": 0.003}) as at:
+        yield at
 
 
 def until(condition: Callable[[], bool], what: str, deadline_s: float = 20) -> None:
@@ -86,7 +50,7 @@ def is_cut(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("said", [b"", b"\x01\x00\x00", struct.pack(">BBL", 1, 0, 4_000_000_000) + bytes(100)])
-def test_half_a_pdu_does_not_hold_a_thread(listening: Listening, said: bytes) -> None:
+def test_half_a_pdu_does_not_hold_a_thread(listening: Serving, said: bytes) -> None:
     """Bites: leave the library's own reading in place and the threads stay for ever."""
     before = threading.active_count()
     with ExitStack() as stack:
@@ -100,7 +64,7 @@ def test_half_a_pdu_does_not_hold_a_thread(listening: Listening, said: bytes) ->
         assert peer.echo() == 0
 
 
-def test_drip_feeding_is_a_stall(listening: Listening) -> None:
+def test_drip_feeding_is_a_stall(listening: Serving) -> None:
     with socket.create_connection(("127.0.0.1", listening.port), 5) as connection:
         connection.sendall(struct.pack(">BBL", 1, 0, 10_000))
         begun = time.monotonic()
@@ -112,7 +76,7 @@ def test_drip_feeding_is_a_stall(listening: Listening) -> None:
         assert time.monotonic() < begun + 20, "a byte now and then kept the connection"
 
 
-def test_silent_connections_leave_room_for_those_who_speak(listening: Listening) -> None:
+def test_silent_connections_leave_room_for_those_who_speak(listening: Serving) -> None:
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", listening.port), 5)) for _ in range(30)]
         until(lambda: sum(is_cut(one) for one in silent) >= 22, "the surplus is cut")
@@ -122,7 +86,7 @@ def test_silent_connections_leave_room_for_those_who_speak(listening: Listening)
         assert peer.echo() == 0
 
 
-def test_a_data_set_beyond_the_limit_is_cut_and_the_next_is_taken(listening: Listening) -> None:
+def test_a_data_set_beyond_the_limit_is_cut_and_the_next_is_taken(listening: Serving) -> None:
     element = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 8_000_000) + bytes(8_000_000)
     with pytest.raises(PeerUnavailableError), listening.requestor() as peer:
         peer.store(element, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT)
@@ -156,7 +120,7 @@ NAMELESS = struct.pack("<HHLLHHLH", 0, 0, 4, 10, 0, 0x0110, 2, 7)
 P_DATA_NAMELESS = struct.pack(">BBLLBB", 4, 0, len(NAMELESS) + 6, len(NAMELESS) + 2, 1, 3) + NAMELESS
 
 
-def is_forgotten(listening: Listening) -> bool:
+def is_forgotten(listening: Serving) -> bool:
     listening.scp.sweep()
     return listening.scp.connections == listening.scp.associations == 0
 
@@ -173,7 +137,7 @@ def is_forgotten(listening: Listening) -> bool:
     ],
     ids=["a command without a name", "a stranger", "a stranger who asks twice", "one who asks twice"],
 )
-def test_no_connection_is_remembered_after_its_thread_died(listening: Listening, calling: str, then: bytes) -> None:
+def test_no_connection_is_remembered_after_its_thread_died(listening: Serving, calling: str, then: bytes) -> None:
     """Bites: without `sweep` the library's thread dies without a word, and after four of these nobody is let in."""
     for _ in range(10):
         with socket.create_connection(("127.0.0.1", listening.port), 5) as connection:
@@ -189,7 +153,7 @@ def test_no_connection_is_remembered_after_its_thread_died(listening: Listening,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_random_bytes_on_the_port_leave_nothing_behind(listening: Listening) -> None:
+def test_random_bytes_on_the_port_leave_nothing_behind(listening: Serving) -> None:
     """150 connections that begin like an association and go on at random; afterwards all slots are free."""
     rng, before = random.Random(4), threading.active_count()
     whole = associate_request()

@@ -1,0 +1,200 @@
+"""Who is let in and what is answered, on the wire: the table of the registry specification, 4.1 and 4.2."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from pynetdicom import AE
+from pynetdicom.association import Association
+from structlog.testing import capture_logs
+from support.scp import CT, EXPLICIT, Serving, serving
+from support.world import make_series, pause, uid_of
+
+from clarion.dicom import split_part10
+
+VERIFICATION = "1.2.840.10008.1.1"
+PRIVATE = "1.2.826.0.1.3680043.9.1.1"
+
+
+def associate(at: Serving, *classes: str, calling: str = "A", called: str = "B") -> Association:
+    ae = AE(ae_title=calling)
+    for one in classes or (CT,):
+        ae.add_requested_context(one, EXPLICIT)
+    return ae.associate("127.0.0.1", at.port, ae_title=called)
+
+
+def rejected(association: Association) -> tuple[int, int, int]:
+    assert association.is_rejected
+    primitive = association.acceptor.primitive
+    assert primitive is not None
+    return primitive.result, primitive.result_source, primitive.diagnostic
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> tuple[bytes, str]:
+    path = make_series(tmp_path / "series")[0]
+    return split_part10(path.read_bytes())[0], uid_of(path)
+
+
+def store(at: Serving, instance: tuple[bytes, str], **who: str) -> int:
+    with at.requestor(**who) as scu:
+        return scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT)
+
+
+@pytest.mark.parametrize(
+    ("calling", "called", "host", "answer", "check"),
+    [
+        ("STRANGER", "B", "127.0.0.1", (1, 1, 3), "calling-ae"),
+        ("A", "B", "192.0.2.0/24", (1, 1, 3), "calling-ae"),
+        ("A", "NOBODY", "127.0.0.1", (1, 1, 7), "called-ae"),
+        ("A", "B", "no-such-host.invalid", (2, 3, 1), "calling-address"),
+    ],
+)
+def test_who_is_rejected_and_how(
+    calling: str, called: str, host: str, answer: tuple[int, int, int], check: str, tmp_path: Path
+) -> None:
+    """Bites: check the AE title alone, and the address on the second row lets a spoofer in."""
+    with serving(tmp_path, sources=[{"ae_title": "A", "host": host}]) as at, capture_logs() as logs:
+        assert rejected(associate(at, calling=calling, called=called)) == answer
+        assert at.scp.refusals == {check: 1}
+        assert calling in at.scp.last_refusal
+    said = [one for one in logs if one["event"] == "association.rejected"]
+    assert [(one["check"], one["calling_ae"], one["called_ae"], one["address"]) for one in said] == [
+        (check, calling, called, "127.0.0.1")
+    ]
+
+
+def test_disk_short_is_transient_and_recovers_by_itself(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    """Storage is rejected 2/3/1, verification is not; when there is room again, nobody has to do anything."""
+    free = [0]
+    intake = {"watermark_percent": 100, "reserve_gb": 0.001}
+    with serving(tmp_path, measure=lambda _: (free[0], 10**12), intake=intake) as at:
+        assert rejected(associate(at, CT)) == (2, 3, 1)
+        with associate_closing(at, VERIFICATION) as verifying:
+            assert verifying.send_c_echo().Status == 0
+        free[0] = 10**9
+        assert store(at, instance) == 0x0000
+
+
+def test_disk_that_fills_during_an_association_is_a700(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    free = [10**9]
+    intake = {"watermark_percent": 100, "reserve_gb": 0.001}
+    with (
+        serving(tmp_path, measure=lambda _: (free[0], 10**12), intake=intake) as at,
+        capture_logs() as logs,
+        at.requestor() as scu,
+    ):
+        free[0] = 10**6
+        assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0xA700
+        free[0] = 10**9
+        assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0x0000
+    assert [one["reason"] for one in logs if one["event"] == "instance.refused"] == ["disk space low"]
+
+
+class associate_closing:  # noqa: N801  reads as the context manager it is
+    def __init__(self, at: Serving, *classes: str) -> None:
+        self._association = associate(at, *classes)
+
+    def __enter__(self) -> Association:
+        assert self._association.is_established
+        return self._association
+
+    def __exit__(self, *_: object) -> None:
+        self._association.release()
+
+
+def test_verification_switched_off_refuses_that_context_alone(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    """Clara rejected the whole association; here the storage context beside it is accepted."""
+    with (
+        serving(tmp_path, scp={"verification": {"enabled": False}}) as at,
+        associate_closing(at, VERIFICATION, CT) as association,
+    ):
+        assert [one.abstract_syntax for one in association.accepted_contexts] == [CT]
+        assert [(one.abstract_syntax, one.result) for one in association.rejected_contexts] == [(VERIFICATION, 3)]
+
+
+@pytest.mark.parametrize(("accepted", "status"), [(True, 0xA900), (False, 0x0122)])
+def test_private_sop_classes_as_configured(
+    accepted: bool,  # noqa: FBT001
+    status: int,
+    instance: tuple[bytes, str],
+    tmp_path: Path,
+) -> None:
+    """0xA900: it was looked at, and the data set says CT."""
+    with (
+        serving(tmp_path, scp={"accept_private_sop_classes": accepted}) as at,
+        at.requestor(sop_class=PRIVATE) as scu,
+    ):
+        assert scu.store(instance[0], sop_class=PRIVATE, sop_instance=instance[1], syntax=EXPLICIT) == status
+
+
+def test_sources_left_open_let_anybody_store(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    with serving(tmp_path, scp={"reject_unknown_sources": False}, sources=[]) as at:
+        assert store(at, instance, calling="ANYBODY") == 0x0000
+        assert rejected(associate(at, called="NOBODY")) == (1, 1, 7)
+
+
+def test_nothing_is_stored_by_a_mere_destination_or_under_our_own_name(
+    instance: tuple[bytes, str], tmp_path: Path
+) -> None:
+    """0x0124: a PACS may report commitments here; what it sent would be grouped by nobody."""
+    destinations = [{"name": "p", "ae_title": "A", "host": "127.0.0.1", "port": 104}]
+    with serving(tmp_path, destinations=destinations) as at, capture_logs() as logs:
+        assert store(at, instance, called="CLARION") == 0x0124
+        assert store(at, instance) == 0x0000
+    assert [one["reason"] for one in logs if one["event"] == "instance.refused"] == ["not a source of instances"]
+
+
+def test_a_missing_patient_id_is_stored(tmp_path: Path) -> None:
+    """It may be empty in most IODs; refusing it would lose the image."""
+    from pydicom import dcmread
+
+    path = make_series(tmp_path / "series")[0]
+    ds = dcmread(path)
+    del ds.PatientID
+    ds.save_as(path)
+    with serving(tmp_path) as at:
+        assert store(at, (split_part10(path.read_bytes())[0], uid_of(path))) == 0x0000
+
+
+def test_what_was_acknowledged_before_an_abort_is_kept(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    with serving(tmp_path) as at:
+        scu = at.requestor()
+        assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0x0000
+        scu.__exit__(RuntimeError, None, None)
+        until_journalled(at, "ended")
+        kinds = [(kind, fields.get("reason")) for kind, fields in at.journalled()]
+        assert kinds == [("stored", None), ("ended", "aborted")]
+
+
+def until_journalled(at: Serving, kind: str) -> None:
+    for _ in range(1000):
+        if any(one == kind for one, _ in at.journalled()):
+            return
+        pause(0.01)
+    raise AssertionError(f"no record {kind}: {at.journalled()}")
+
+
+def test_while_draining_new_associations_are_told_to_come_back(tmp_path: Path) -> None:
+    with serving(tmp_path) as at, associate_closing(at, VERIFICATION) as held:
+        draining = threading.Thread(target=at.scp.drain, args=(10,))
+        draining.start()
+        for _ in range(1000):
+            if at.scp._draining:
+                break
+            pause(0.005)
+        assert rejected(associate(at)) == (2, 3, 1)
+        assert held.send_c_echo().Status == 0, "an association in progress may end in its own time"
+        held.release()
+        draining.join(15)
+        assert not draining.is_alive()
+
+
+def test_an_unforeseen_error_while_checking_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bites: the library swallows what a handler raises and accepts; every C-STORE then got a permanent 0x0124."""
+    with serving(tmp_path) as at:
+        monkeypatch.setattr(at.scp._access, "check", lambda *_: 1 / 0)
+        assert rejected(associate(at)) == (2, 3, 1)
+        assert at.scp.refusals == {"internal-error": 1}
