@@ -23,7 +23,7 @@ install: .venv/.installed ## Make the environment .venv with the command .venv/b
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-servers: ## Install the test servers (DCMTK, Orthanc, Chromium) where root may
+servers: ## Install the test servers (DCMTK, Orthanc, Chromium, strace) where root may
 	@tests/tools/servers.sh
 
 demo: install ## Send a chest CT through the whole system and show what comes back (ARGS="--once", ARGS="--input FOLDER")
@@ -52,5 +52,5 @@ bench: install ## Measure receiving against DCMTK's storescp, interleaved, as ra
 	@$(BIN)/python bench/receive.py $(ARGS)
 
 clean: ## Remove what was built: environment, caches, artifacts
-	rm -rf .venv build dist test-artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 from pydicom import dcmread
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -36,6 +37,7 @@ from console.exits import DONE, FAILED, INTERRUPTED
 from console.sending import Sent, send_folder
 from console.studies import StudyView, read_study
 from console.supervisor import Supervisor
+from streams.queries import ATTENTION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 
 PACS_AE, OWN_AE, CALLED_AE, MODALITY_AE = "DEMOPACS", "CLARION", "CHEST", "DEMOCT"
 WANTED = ("SEG", "RTSTRUCT", "SR")
-FINAL = frozenset(("Verified", "Failed", "Quarantined"))
+_ENDED_JOBS = frozenset(("succeeded", "failed", "superseded"))
+_ENDED_DELIVERIES = frozenset(("verified", "unverified", "failed", "superseded"))
+_NAMED = 5
 _GIVE_UP_S = 600.0
 _LOOK_S = 0.25
 
@@ -176,6 +180,9 @@ class Demo:
                 progress=lambda done, total: bar.update(row, completed=done, total=total),
             )
         self._screen.print(f"  {len(sent.acknowledged)} instances acknowledged, {len(sent.refused)} refused")
+        if sent.skipped:
+            named = ", ".join(sent.skipped[:_NAMED]) + (" …" if len(sent.skipped) > _NAMED else "")
+            self._screen.print(f"  {len(sent.skipped)} files are no DICOM that could be sent: {escape(named)}")
         if not sent.acknowledged:
             raise PermanentError(f"nothing was accepted; first refusal: {sent.refused[:1]}")
         return sent
@@ -189,7 +196,7 @@ class Demo:
             supervisor.look()
             views = [view for uid in studies if (view := read_study(database, store, uid)) is not None]
             self._tell(views)
-            if len(views) == len(studies) and all(view.state in FINAL for view in views):
+            if len(views) == len(studies) and all(map(_is_finished, views)):
                 return views
             time.sleep(_LOOK_S)
         raise PeerUnavailableError(f"not finished after {_GIVE_UP_S:.0f} s; see the log")
@@ -209,16 +216,17 @@ class Demo:
                 "modality": one.modality,
                 "sop_instance_uid": one.sop_instance_uid,
                 "size_bytes": one.object.size_bytes,
-                "state": self._state(view, one.sop_instance_uid, kept),
+                "state": _state(view, job_id, one.sop_instance_uid, kept),
             }
             for view in views
-            for instances in view.results.values()
+            for job_id, instances in view.results.items()
             for one in instances
         ]
         verified = {one["modality"] for one in results if one["state"] == "Verified"}
         return {
             "acknowledged": len(sent.acknowledged),
             "refused": len(sent.refused),
+            "skipped": sent.skipped,
             "studies": [{"study_uid": view.counts.study_uid, "state": view.state} for view in views],
             "results": results,
             "verified": verified.issuperset(WANTED),
@@ -228,11 +236,6 @@ class Demo:
             "seconds": round(time.monotonic() - self._begun, 1),
             "page": page,
         }
-
-    def _state(self, view: StudyView, uid: str, kept: set[str]) -> str:
-        if uid not in kept:
-            return "Missing"
-        return view.state
 
     def _dice(self, pacs: Path, seg_uids: list[str]) -> dict[str, float]:
         """Compare the lungs of the SEG that lies in the PACS with the phantom's truth."""
@@ -271,6 +274,26 @@ class Demo:
             TimeElapsedColumn(),
         )
         return Progress(*columns, console=self._screen, disable=self._options.as_json or not self._screen.is_terminal)
+
+
+def _is_finished(view: StudyView) -> bool:
+    """Tell whether nothing more happens to a study by itself: its jobs and deliveries are at their ends."""
+    if view.dead_letters or view.counts.grouped == 0:
+        return bool(view.dead_letters) or (view.counts.received > 0 and view.state in ATTENTION)
+    delivered = {one.job_id for one in view.deliveries}
+    ended = [
+        job.state in _ENDED_JOBS and (job.state != "succeeded" or job.job_id in delivered or not view.results)
+        for job in view.jobs
+    ]
+    return bool(ended) and all(ended) and all(one.state in _ENDED_DELIVERIES for one in view.deliveries)
+
+
+def _state(view: StudyView, job_id: str, uid: str, kept: set[str]) -> str:
+    """Say how one result stands: by the delivery of its job, and by what lies in the PACS."""
+    if uid not in kept:
+        return "Missing"
+    states = {one.state for one in view.deliveries if one.job_id == job_id}
+    return "Verified" if states == {"verified"} else view.state
 
 
 def _read_masks(path: Path, phantom: Phantom) -> dict[str, NDArray[np.bool_]]:

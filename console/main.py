@@ -130,14 +130,18 @@ def demo(
     """Send a chest CT through the whole system on this machine and show what comes back."""
 
     def body() -> int:
-        from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+        from clarion.errors import ClarionError, ConfigError  # noqa: PLC0415  quick --help
         from console.demo import Options, run_demo  # noqa: PLC0415  quick --help
 
         if keep is not None and keep.exists() and any(keep.iterdir()):
             raise ConfigError([f"--keep {keep}: is not empty; name a new folder"])
-        status, summary = run_demo(
-            Options(folder=folder, once=once or as_json, as_json=as_json, keep=keep.resolve() if keep else None)
-        )
+        options = Options(folder=folder, once=once or as_json, as_json=as_json, keep=keep.resolve() if keep else None)
+        try:
+            status, summary = run_demo(options)
+        except ClarionError as error:
+            if as_json:
+                _print_json({"verified": False, "error": str(error)})
+            raise
         if as_json:
             _print_json(summary)
         return status

@@ -114,9 +114,10 @@ def test_our_package_names_are_ours_alone(monkeypatch: pytest.MonkeyPatch) -> No
 # Effects --------------------------------------------------------------------------------------------------------
 
 # Calls that change the world, by attribute name; each stands inside `with effect(...)`, or in a place named below.
-WORLD = {"fsync", "fdatasync", "Popen", "send_c_store", "send_n_action"}
+WORLD = {"fsync", "fdatasync", "Popen", "send_c_store", "send_n_action", "send_msg", "transaction"}
 ELSEWHERE = {
     "clarion/adapters/files.py:sync_folder",  # always called within an effect or at start
+    "clarion/adapters/database.py:create",  # tables, before any stage works
     "clarion/testing/pacs.py:_write_synced",  # the PACS is a peer, not part of the flow
     "console/demo.py:_start_pacs",
     "console/supervisor.py:_spawn",

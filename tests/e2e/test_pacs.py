@@ -15,6 +15,8 @@ from support.processes import ORTHANC, start_orthanc, wait_for_port
 from support.system import System, describe, running
 from support.world import free_port, make_series
 
+from clarion.model import derive_uid
+
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, int, Path]]:
@@ -63,6 +65,30 @@ def test_orthanc_verifies_and_storescp_stays_sent(both: tuple[System, int, Path]
     assert len([path for path in received.iterdir() if path.is_file()]) == 4
 
 
+def test_a_real_chest_ct_by_dcmtk_into_orthanc(both: tuple[System, int, Path]) -> None:
+    """275 JPEG-LS slices as they are, sent by dcmsend; the results lie in Orthanc and in storescp's folder."""
+    system, http, received = both
+    before, files = set(system.studies()), len(list(received.iterdir()))
+    folder = real("ct-chest-lidc-0314")
+    here = ("127.0.0.1", str(system.scp), str(folder))
+    done = run("dcmsend", "-aet", "SENDER", "-aec", "CHEST", "+sd", "+r", "-dn", *here, timeout=120)
+    assert done.returncode == 0, done.stderr
+    system.wait_for(lambda: len(set(system.studies()) - before) == 1, "the study")
+    study = (set(system.studies()) - before).pop()
+    system.wait_for(
+        lambda: {one.state for one in system.view(study).deliveries} == {"verified", "unverified"}, "delivered", 240
+    )
+    view = system.view(study)
+    assert (view.counts.received, view.counts.grouped, view.counts.quarantined) == (275, 275, 0)
+    found = httpx.post(
+        f"http://127.0.0.1:{http}/tools/find",
+        json={"Level": "Instance", "Query": {"StudyInstanceUID": study}, "Expand": True},
+    ).json()
+    kept = {one["MainDicomTags"]["SOPInstanceUID"] for one in found}
+    assert kept == {str(one.sop_instance_uid) for instances in view.results.values() for one in instances}
+    assert len(list(received.iterdir())) == files + 4
+
+
 def test_restart_in_the_middle_finishes_the_work(both: tuple[System, int, Path], tmp_path: Path) -> None:
     """The engine is ended while a job runs; the second attempt writes the same UIDs."""
     import os
@@ -81,8 +107,11 @@ def test_restart_in_the_middle_finishes_the_work(both: tuple[System, int, Path],
     system.wait_for(
         lambda: {one.state for one in system.view(study).deliveries} == {"verified", "unverified"}, "delivered", 180
     )
-    job = system.view(study).jobs[0]
-    assert (job.state, job.attempt) == ("succeeded", 2)
+    view = system.view(study)
+    assert (view.jobs[0].state, view.jobs[0].attempt) == ("succeeded", 2)
+    # The attempt has no part in what a result is called.
+    made = {str(one.sop_instance_uid) for one in view.results[view.jobs[0].job_id]}
+    assert made == {derive_uid(view.jobs[0].job_id, kind, "instance") for kind in ("seg", "rtstruct", "sr", "overview")}
 
 
 def test_late_instance_makes_a_new_revision(both: tuple[System, int, Path], tmp_path: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.ndimage  # noqa: F401  as below
+import sqlalchemy as sa
 from support.results import make_results
 from support.world import Case, fork, make_series
 
@@ -16,16 +20,26 @@ from support.world import Case, fork, make_series
 import streams.stage  # noqa: F401
 from clarion import crashpoints
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, read_dead_letters, read_lag
+from clarion.adapters.embedded import EmbeddedBus, events_table, read_dead_letters, read_lag
+from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
 from clarion.crashpoints import EFFECTS
 from clarion.errors import PermanentError
-from clarion.events import Event, JobStarted
+from clarion.events import DeliveryRequested, Event, JobRequested, JobStarted, JobSuperseded
+from clarion.model import JobId, ResultInstance, ResultSet
 from clarion.testing.suites import MOMENT, Recorder, drain, started
+from console.schema import create_tables
+from gateway import tables
+from gateway.outbound import Delivery, DeliveryRequests, Outbound, SupersededJobs
+from orchestrator.ledger import Job, JobRequests, Ledger
+from orchestrator.ledger import jobs as jobs_table
 
 SEEDS = (1, 2, 3)
-# Passed only when something fails; they have cases of their own below.
-ONLY_ON_FAILURE = {"ledger.fail", "bus.deadletter"}
+# Passed only when something fails, or by chance; they have cases of their own below.
+ONLY_ON_FAILURE = {
+    "ledger.fail", "bus.deadletter", "ledger.handback", "commitment.report", "delivery.unverified", "delivery.look",
+    "delivery.lost", "delivery.retry", "delivery.supersede",
+}  # fmt: skip
 POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
 
 
@@ -100,3 +114,115 @@ def test_crash_while_a_dead_letter_is_written(side: str, tmp_path: Path) -> None
     database = Database(url)
     assert [one.reason for one in read_dead_letters(database)] == ["the reason"]
     assert [one.behind for one in read_lag(database)] == [0]
+
+
+class Ledgers:
+    """A delivery and a job in a database of their own, opened anew by whoever works on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.database = Database(f"sqlite:///{root / 'clarion.db'}")
+        self.store = FileStore(root / "objects")
+        create_tables(self.database)
+        self.outbound = Outbound(self.database)
+        self.ledger = Ledger(self.database, ManualClock(MOMENT))
+
+    def fill(self) -> Ledgers:
+        """One delivery of two instances that is sent, one job that runs."""
+        ref = self.store.put(b"x")
+        instances = tuple(
+            ResultInstance(
+                output="o", modality="SEG", study_uid="1", series_uid="1.1", sop_instance_uid=f"1.1.{number}",
+                sop_class_uid="1.2", transfer_syntax_uid="1.2", object=ref,
+            )  # type: ignore[arg-type]
+            for number in (1, 2)
+        )  # fmt: skip
+        result_set = self.store.put(ResultSet(job_id=JobId("j"), instances=instances).encode())
+        common: dict[str, Any] = {"sequence": 1, "time": MOMENT, "source": "t"}
+        requested = DeliveryRequested(
+            subject="d", **common, job_id="j", destination="p", result_set=result_set, instances=2
+        )
+        bus = EmbeddedBus(self.database, ManualClock(MOMENT))
+        bus.publish([requested])
+        DeliveryRequests(self.database, self.store).handle(requested)
+        job = JobRequested(
+            subject="j", **common, name="n", pipeline_id="p", definition=ref, group_id="g", revision=1, manifest=ref,
+            priority="normal", destinations=(), studies=("1",),
+        )  # fmt: skip
+        bus.publish([job])
+        JobRequests(self.database).handle(job)
+        self.ledger.start(self.job(), ["a"])
+        return self
+
+    def job(self) -> Job:
+        job = self.ledger.next_job([])
+        assert job is not None
+        return job
+
+    def delivery(self) -> Delivery:
+        return self.outbound.due(MOMENT + timedelta(days=1))[0]
+
+    def state(self) -> dict[str, Any]:
+        """All that an operation may change, and the events that report it."""
+        with self.database.reading() as connection:
+            found = {
+                table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
+                for table in (tables.deliveries, tables.delivery_instances, tables.commitments, jobs_table)
+            }
+            rows = connection.execute(sa.select(events_table.c.subject, events_table.c.event_id)).all()
+        return {**found, "events": sorted(tuple(row) for row in rows)}
+
+
+def _lose(one: Ledgers) -> None:
+    one.outbound.lost(one.delivery(), missing={"1.1.2"}, now=MOMENT, again=MOMENT)
+
+
+OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], object]]] = {
+    # effect: (what comes before, what is done; done twice it must leave what it leaves when done once)
+    "delivery.lost": (lambda _: None, _lose),
+    "delivery.unverified": (lambda _: None, lambda one: one.outbound.settle_unverified("d", "why")),
+    "delivery.look": (lambda _: None, lambda one: one.outbound.look_again("d", MOMENT + timedelta(seconds=9))),
+    "delivery.retry": (
+        lambda one: one.outbound.settle_failed(one.delivery(), now=MOMENT, reason="why", again=None),
+        lambda one: one.outbound.retry(["d"], MOMENT),
+    ),
+    "delivery.supersede": (
+        lambda _: None,
+        lambda one: SupersededJobs(one.database).handle(
+            JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k")
+        ),
+    ),
+    "commitment.report": (
+        lambda _: None,
+        lambda one: one.outbound.commitment_reported("1.5", "P", now=MOMENT, stored=("1.1.1",), failed=()),
+    ),
+    "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
+}
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_crash_in_what_only_happens_when_something_is_wrong(name: str, side: str, tmp_path: Path) -> None:
+    """All or nothing is in the database; done again, it leaves what one undisturbed run leaves."""
+    prepare, operate = OPERATIONS[name]
+    reference = Ledgers(tmp_path / "reference").fill()
+    prepare(reference)
+    untouched = reference.state()
+    operate(reference)
+    done = reference.state()
+    assert done != untouched
+    killed = Ledgers(tmp_path / "killed").fill()
+    prepare(killed)
+    killed.database.close()
+
+    def child() -> None:
+        crashpoints.arm(f"{side}:{name}")
+        operate(Ledgers(tmp_path / "killed"))
+
+    status = os.waitpid(fork(child), 0)[1]
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    again = Ledgers(tmp_path / "killed")
+    assert again.state() == (untouched if side == "before" else done)
+    if side == "before":
+        operate(again)
+        assert again.state() == done

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,14 +17,12 @@ PYTEST = [str(Path(sys.executable).parent / "pytest"), "-q"]
 def main() -> int:
     if len(sys.argv) > 1:
         return subprocess.call([*PYTEST, *sys.argv[1:]], cwd=ROOT)
-    artifacts = ROOT / "test-artifacts"
-    artifacts.mkdir(exist_ok=True)
-    log = (artifacts / "faults.log").open("w+")
-    faults = subprocess.Popen([*PYTEST, "tests/faults"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    rest = subprocess.call([*PYTEST, "tests", "--ignore=tests/faults", "--ignore=tests/architecture"], cwd=ROOT)
-    failed = faults.wait()
-    log.seek(0)
-    print(log.read())
+    with tempfile.TemporaryFile("w+") as log:
+        faults = subprocess.Popen([*PYTEST, "tests/faults"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        rest = subprocess.call([*PYTEST, "tests", "--ignore=tests/faults", "--ignore=tests/architecture"], cwd=ROOT)
+        failed = faults.wait()
+        log.seek(0)
+        print(log.read())
     return rest or failed
 
 
