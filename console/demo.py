@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from clarion.errors import PeerUnavailableError, PermanentError
 from clarion.model import Destination
 from clarion.testing.pacs import read_contents
 from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
+from clarion.testing.ports import free_port
 from console.checks import check_config
 from console.exits import DONE, FAILED, INTERRUPTED
 from console.sending import Sent, send_folder
@@ -68,15 +68,6 @@ class _Ports:
     scp: int
     console: int
     pacs: int
-
-
-def _free_ports() -> _Ports:
-    with ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        scp, console, pacs = (int(one.getsockname()[1]) for one in taken)
-    return _Ports(scp=scp, console=console, pacs=pacs)
 
 
 def _config(ports: _Ports, root: Path) -> Path:
@@ -120,7 +111,7 @@ class Demo:
                 shutil.rmtree(root, ignore_errors=True)
 
     def _run(self, root: Path) -> tuple[int, dict[str, Any]]:
-        ports = _free_ports()
+        ports = _Ports(scp=free_port(), console=free_port(), pacs=free_port())
         checked = check_config(_config(ports, root))
         with ExitStack() as stack:
             folder = self._options.folder or self._generate(root)

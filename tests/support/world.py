@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from clarion.model import Destination, ObjectRef
 from clarion.testing.executor import InlineExecutor
 from clarion.testing.pacs import Pacs, read_contents
 from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
+from clarion.testing.ports import free_port
 from console.app import App, IntakeStage
 from console.checks import check_config
 from gateway import tables
@@ -62,12 +62,6 @@ def make_series(folder: Path, spec: PhantomSpec = TINY, modality: str = "CT") ->
             ds.Modality = modality
             ds.save_as(path)
     return files
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_config(root: Path, *, scp: int, pacs: int, console: int = 0, **gateway: Any) -> Path:
