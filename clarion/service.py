@@ -29,7 +29,8 @@ log = structlog.get_logger()
 
 _HEARTBEAT_S = 2.0
 _LOOK_S = 1.0
-STALE_AFTER_S = 15.0
+# A step may wait for the database as long as that waits for its lock; a process that ended is seen at once.
+STALE_AFTER_S = 45.0
 
 
 class Stage(Protocol):

@@ -91,7 +91,10 @@ def show_study(view: StudyView) -> None:
     for line in view.story:
         screen.print(f"  {line.time[11:23]}  [bold]{line.state:<11}[/] {escape(line.text)}", highlight=False)
     for job in view.jobs:
-        screen.print(f"job {job.name} ({job.job_id}): {job.state}, attempt {job.attempt} {escape(job.reason)}")
+        screen.print(
+            f"job {job.name} ({job.job_id}), priority {job.priority}: {job.state}, attempt {job.attempt} "
+            f"{escape(job.reason)}"
+        )
         for operator in job.operators:
             screen.print(f"  {operator.operator:<14} {operator.state} {escape(operator.reason)}")
     for one in view.deliveries:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from clarion.model import ObjectRef
+from clarion.model import PRIORITIES, ObjectRef
 from orchestrator.ledger import jobs, operators
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class JobRow:
     pipeline_id: str
     group_id: str
     revision: int
+    priority: str
     state: str
     attempt: int
     requested: str
@@ -62,6 +63,7 @@ def list_jobs(database: Database, job_ids: list[str]) -> list[JobRow]:
             pipeline_id=row.pipeline_id,
             group_id=row.group_id,
             revision=row.revision,
+            priority=PRIORITIES[row.priority],
             state=row.state,
             attempt=row.attempt,
             requested=row.requested,

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from support.dcmtk import run, storescu
 from support.processes import start_pacs
-from support.system import describe, running
+from support.system import System, describe, running
 from support.world import free_port, make_series
 
+from clarion.adapters.clock import SystemClock
+from clarion.adapters.embedded import EmbeddedBus
 from clarion.errors import ConfigError, ResourceBusyError
+from clarion.events import GroupClosed
+from clarion.model import Trigger
+from clarion.service import read_heartbeats
+from clarion.testing.phantom import PhantomSpec
 from console.checks import check_config
+from console.stages import STAGES, read_stages
 from console.supervisor import Supervisor
 
 CLARION = str(Path(sys.executable).parent / "clarion")
@@ -22,6 +35,18 @@ CLARION = str(Path(sys.executable).parent / "clarion")
 
 def clarion(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([CLARION, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, str]]:
+    """A running Clarion that was given MR for CT, and the study."""
+    root = tmp_path_factory.mktemp("refused")
+    with running(describe(root)) as system:
+        storescu(make_series(root / "series", modality="MR"), system.scp)
+        system.wait_for(lambda: bool(system.studies()), "the study")
+        study = system.studies()[0]
+        system.wait_for_state(study, "Failed")
+        yield system, study
 
 
 def test_disk_below_reserve_is_a_transient_refusal(tmp_path: Path) -> None:
@@ -54,6 +79,90 @@ def test_port_taken_says_which(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert str(checked.config.gateway.scp.port) in done.stderr
     assert "port taken" in done.stderr
+
+
+def test_a_taken_page_port_stops_up_with_a_reason(tmp_path: Path) -> None:
+    """`clarion up` starts nothing by halves: it says which port, and leaves no process behind."""
+    config = describe(tmp_path)
+    port = check_config(config).config.console.port
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        done = clarion("up", "-c", str(config), cwd=tmp_path)
+    assert done.returncode == 3
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "console could not start" in done.stderr
+    beats = read_heartbeats(tmp_path / "data" / "run")
+    assert not any(one.alive for one in beats)
+
+
+def test_receiving_goes_on_while_the_database_is_locked(tmp_path: Path) -> None:
+    """Intake depends on the local disk alone; what was acknowledged meanwhile drains in order.
+
+    Bites: let intake look anything up in the database, and the sender waits for whoever holds it.
+    """
+    config = describe(tmp_path)
+    with running(config) as system:
+        series = make_series(tmp_path / "series")
+        holder = sqlite3.connect(tmp_path / "data" / "clarion.db", isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        sent = storescu(series, system.scp)
+        assert len(sent) == len(series)
+        # Twenty seconds is what the database is waited for; then grouping says that it is in trouble.
+        system.wait_for(
+            lambda: any(one["state"] == "troubled" for one in read_stages(system.checked.config.data)),
+            "trouble is said",
+        )
+        told = clarion("status", "--json", "-c", str(config), cwd=tmp_path)
+        assert told.returncode == 3
+        holder.execute("ROLLBACK")
+        holder.close()
+        system.wait_for(lambda: bool(system.studies()), "the study")
+        system.wait_for(lambda: system.view(system.studies()[0]).counts.grouped == len(series), "all grouped")
+
+
+def test_an_unknown_pipeline_of_a_stranger_s_rule_is_seen(refused: tuple[System, str], tmp_path: Path) -> None:
+    """The rule names a pipeline that nobody configured: the study is Failed, and says which one is missing."""
+    system, other = refused
+    storescu(make_series(tmp_path / "series", PhantomSpec(slices=2, size=16, length_mm=40, seed=3)), system.scp)
+    system.wait_for(lambda: len(system.studies()) == 2, "the study")
+    study = next(one for one in system.studies() if one != other)
+    # As a rule of somebody else's would: a group is closed with a trigger that nobody knows.
+    event = GroupClosed(
+        subject="g", sequence=99, time=datetime.now(UTC), source="t", rule="strange", called_ae="CHEST", revision=1,
+        instances=1, manifest=system.store.put(b"{}"), reason="", studies=(study,),
+        triggers=(Trigger(pipeline_id="nowhere", name="n"),),
+    )  # fmt: skip
+    EmbeddedBus(system.database, SystemClock()).publish([event])
+    system.wait_for(lambda: bool(system.view(study).dead_letters), "the dead letter")
+    view = system.view(study)
+    assert view.state == "Failed"
+    assert "nowhere" in view.dead_letters[0].reason
+    assert "nowhere" in clarion("status", cwd=system.root).stdout
+    assert "nowhere" in httpx.get(f"{system.page}/studies/{study}").text
+
+
+def test_every_json_can_be_read(refused: tuple[System, str]) -> None:
+    """Each command's --json is JSON of the documented shape, alone on standard output."""
+    system, study = refused
+    wanted: dict[tuple[str, ...], Callable[[Any], bool]] = {
+        ("version", "--json"): lambda said: set(said) == {"version", "python"},
+        ("doctor", "--json"): lambda said: {one["name"] for one in said} >= {"disk", "configuration"},
+        ("status", "--json"): lambda said: [one["stage"] for one in said["stages"]] == list(STAGES),
+        ("study", "list", "--json"): lambda said: study in {one["study_uid"] for one in said},
+        ("study", "show", study, "--json"): lambda said: said["jobs"][0]["priority"] == "normal",
+        ("delivery", "list", "--json"): lambda said: said == [],
+        ("delivery", "retry", "--failed", "--dry-run", "--json"): lambda said: said["taken_up"] == [],
+        ("config", "check", "--json"): lambda said: said == {"ok": True, "faults": []},
+        ("config", "example", "--json"): lambda said: "gateway" in said,
+    }
+    for command, looks_right in wanted.items():
+        done = clarion(*command, cwd=system.root)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert looks_right(json.loads(done.stdout)), command
+    assert clarion("delivery", "retry", "nobody", cwd=system.root).returncode == 1
+    assert clarion("delivery", "retry", cwd=system.root).returncode == 2
+    assert clarion("study", "show", "1.2.3", cwd=system.root).returncode == 1
 
 
 def test_second_instance_on_the_same_data_is_refused(tmp_path: Path) -> None:
@@ -111,18 +220,15 @@ def test_destination_taken_out_of_the_configuration_keeps_the_results(tmp_path: 
     assert len(list((tmp_path / "pacs").glob("*.dcm"))) == 4
 
 
-def test_mr_is_refused_by_the_pipeline_with_a_reason(tmp_path: Path) -> None:
-    with running(describe(tmp_path)) as system:
-        series = make_series(tmp_path / "series", modality="MR")
-        storescu(series, system.scp)
-        system.wait_for(lambda: bool(system.studies()), "the study")
-        view = system.wait_for_state(system.studies()[0], "Failed")
-        assert view.jobs[0].cause == "UnreadableSeriesError"
-        assert "wrong-modality" in view.jobs[0].reason
-        assert any("wrong-modality" in line.text for line in view.story)
-        text = clarion("study", "show", system.studies()[0], cwd=tmp_path)
-        assert text.returncode == 0
-        assert "wrong-modality" in text.stdout
+def test_mr_is_refused_by_the_pipeline_with_a_reason(refused: tuple[System, str]) -> None:
+    system, study = refused
+    view = system.view(study)
+    assert view.jobs[0].cause == "UnreadableSeriesError"
+    assert "wrong-modality" in view.jobs[0].reason
+    assert any("wrong-modality" in line.text for line in view.story)
+    text = clarion("study", "show", study, cwd=system.root)
+    assert text.returncode == 0
+    assert "wrong-modality" in text.stdout
 
 
 BROKEN = [
@@ -185,6 +291,8 @@ def test_example_is_good(tmp_path: Path) -> None:
         "version",
         "study list",
         "study show",
+        "delivery list",
+        "delivery retry",
         "config check",
         "config example",
     ],
