@@ -15,7 +15,8 @@ import structlog
 
 from clarion.codec import Record, decode, encode
 from clarion.crashpoints import effect
-from clarion.errors import BusUnavailableError, PermanentError, TransientError, describe
+from clarion.errors import describe
+from clarion.patience import PATIENCE_S, TRIES, Patience, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _BATCH = 200
-# A record that a handler could not bear for so long, though it asked for patience, is set aside.
-PATIENCE_S = 3600.0
 
 tables = sa.MetaData()
 events_table = sa.Table(
@@ -85,9 +84,8 @@ def record_events(connection: sa.Connection, events: Iterable[Event]) -> None:
 class _Subscription:
     kinds: tuple[str, ...]
     handler: StreamHandler
-    tries: int = 0
+    patience: Patience
     paused_until: float = 0.0
-    troubled_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +112,7 @@ class DeadLetter:
 class EmbeddedBus:
     """The EventBus over the `events` table. One thread at a time; several processes at once."""
 
-    def __init__(self, database: Database, clock: Clock, *, tries: int = 5, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, database: Database, clock: Clock, *, tries: int = TRIES, patience_s: float = PATIENCE_S) -> None:
         self._database = database
         self._clock = clock
         self._tries = tries
@@ -132,7 +130,8 @@ class EmbeddedBus:
 
     def subscribe(self, consumer: str, kinds: Iterable[type[Event]], handler: StreamHandler) -> None:
         """Let the handler see every event of the kinds, from the first one."""
-        self._subscriptions[consumer] = _Subscription(tuple(kind.kind for kind in kinds), handler)
+        patience = Patience(self._tries, self._patience_s)
+        self._subscriptions[consumer] = _Subscription(tuple(kind.kind for kind in kinds), handler, patience)
 
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
@@ -175,27 +174,14 @@ class EmbeddedBus:
         record = Record(key=str(row.subject), headers=json.loads(str(row.headers)), body=row.body)
         try:
             self.publish(subscription.handler.handle(decode(record)))
-        except TransientError as error:
-            now = self._clock.monotonic()
-            since = now if subscription.troubled_since is None else subscription.troubled_since
-            subscription.troubled_since = since
-            # While the bus itself is the trouble, no dead letter could be written either.
-            if isinstance(error, BusUnavailableError) or now - since <= self._patience_s:
-                log.warning("handler.paused", consumer=consumer, kind=row.kind, error=type(error).__name__)
-                subscription.paused_until = now + error.retry_after_s
+        except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
+            pause_s = subscription.patience.pause_after(error, self._clock.monotonic())
+            if pause_s is not None:
+                log.warning("handler.paused", consumer=consumer, kind=row.kind, error=describe(error), pause_s=pause_s)
+                subscription.paused_until = self._clock.monotonic() + pause_s
                 return False
-            self._bury(consumer, row, error, tries=1)
-        except PermanentError as error:
-            self._bury(consumer, row, error, tries=1)
-        except Exception as error:
-            # The contract of EventBus: anything unforeseen is tried a few times, then set aside with its reason.
-            subscription.tries += 1
-            if subscription.tries < self._tries:
-                subscription.paused_until = self._clock.monotonic() + 1.0
-                log.warning("handler.failed", consumer=consumer, kind=row.kind, tries=subscription.tries, exc_info=True)
-                return False
-            self._bury(consumer, row, error, tries=subscription.tries)
-        subscription.tries, subscription.troubled_since = 0, None
+            self._bury(consumer, row, error, tries=subscription.patience.failed)
+        subscription.patience.reset()
         return True
 
     def _bury(self, consumer: str, row: sa.Row[tuple[object, ...]], error: Exception, *, tries: int) -> None:
@@ -207,7 +193,7 @@ class EmbeddedBus:
             "kind": row.kind,
             "subject": row.subject,
             "error": type(error).__name__,
-            "reason": str(error) if isinstance(error, PermanentError | TransientError) else describe(error),
+            "reason": reason_of(error),
             "tries": tries,
             "time": self._clock.now().isoformat(),
         }

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clarion.codec import decode, encode
-from clarion.errors import BusUnavailableError, MissingObjectError, PermanentError, TransientError
+from clarion.errors import MissingObjectError
 from clarion.model import ObjectRef
+from clarion.patience import PATIENCE_S, TRIES, Patience, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,16 +65,15 @@ class MemoryStore:
 class _Subscription:
     kinds: frozenset[str]
     handler: StreamHandler
+    patience: Patience
     position: int = 0
-    tries: int = 0
     paused_until: float = 0.0
-    troubled_since: float | None = None
 
 
 class MemoryBus:
     """A bus in memory, in one process; `dead_letters` holds what handlers could not bear, with the reason."""
 
-    def __init__(self, clock: Clock, *, tries: int = 5, patience_s: float = 3600.0) -> None:
+    def __init__(self, clock: Clock, *, tries: int = TRIES, patience_s: float = PATIENCE_S) -> None:
         self._clock = clock
         self._tries = tries
         self._patience_s = patience_s
@@ -91,7 +91,8 @@ class MemoryBus:
 
     def subscribe(self, consumer: str, kinds: Iterable[type[Event]], handler: StreamHandler) -> None:
         """Let the handler see the events of the kinds."""
-        self._subscriptions[consumer] = _Subscription(frozenset(kind.kind for kind in kinds), handler)
+        patience = Patience(self._tries, self._patience_s)
+        self._subscriptions[consumer] = _Subscription(frozenset(kind.kind for kind in kinds), handler, patience)
 
     def step(self) -> bool:
         """Hand each handler what is waiting for it."""
@@ -104,26 +105,17 @@ class MemoryBus:
             record = self._records[subscription.position]
             if record.headers["ce_type"] in subscription.kinds and not self._handle(name, subscription, record):
                 return True
-            subscription.position, subscription.tries, moved = subscription.position + 1, 0, True
+            subscription.position, moved = subscription.position + 1, True
         return moved
 
     def _handle(self, name: str, subscription: _Subscription, record: Record) -> bool:
         try:
             self.publish(subscription.handler.handle(decode(record)))
-        except TransientError as error:
-            now = self._clock.monotonic()
-            since = now if subscription.troubled_since is None else subscription.troubled_since
-            subscription.troubled_since = since
-            if isinstance(error, BusUnavailableError) or now - since <= self._patience_s:
-                subscription.paused_until = now + error.retry_after_s
+        except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
+            pause_s = subscription.patience.pause_after(error, self._clock.monotonic())
+            if pause_s is not None:
+                subscription.paused_until = self._clock.monotonic() + pause_s
                 return False
-            self.dead_letters.append((name, record, str(error)))
-        except PermanentError as error:
-            self.dead_letters.append((name, record, str(error)))
-        except Exception as error:  # noqa: BLE001  the contract: a few tries, then a dead letter
-            subscription.tries += 1
-            if subscription.tries < self._tries:
-                return False
-            self.dead_letters.append((name, record, f"{type(error).__name__}: {error}"))
-        subscription.troubled_since = None
+            self.dead_letters.append((name, record, reason_of(error)))
+        subscription.patience.reset()
         return True
