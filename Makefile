@@ -47,6 +47,7 @@ lock: install ## Compute the pinned requirement files anew
 	$(COMPILE) --upgrade --extra dev --extra codecs pyproject.toml -o requirements/dev.txt
 	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/core.txt
 	$(COMPILE) --extra kafka --extra postgres --extra kubernetes --extra triton --extra s3 --extra codecs pyproject.toml -o requirements/extras.txt
+	for cuda in 12 13; do $(COMPILE) --extra gpu-cuda$$cuda pyproject.toml -c requirements/dev.txt -o requirements/gpu-cuda$$cuda.txt; done
 
 bench: install ## Measure receiving against DCMTK's storescp, interleaved, as ratios
 	@$(BIN)/python bench/receive.py $(ARGS)
