@@ -62,9 +62,13 @@ class Attempt:
         """Name an operator's work for the executor."""
         return f"{self.job.job_id}/{self.number}/{operator}"
 
+    def outputs_of(self, operator: str) -> Path:
+        """Where an operator's outputs are."""
+        return self.folder / "operators" / operator
+
     def output_folder(self, operator: str, output: str) -> Path:
-        """Where an operator's output is."""
-        return self.folder / "operators" / operator / output
+        """Where one of an operator's outputs is."""
+        return self.outputs_of(operator) / output
 
     def log_file(self, operator: str) -> Path:
         """Where an operator's log is."""

@@ -7,7 +7,6 @@ the results of a second attempt have the same UIDs as those of the first. The le
 
 from __future__ import annotations
 
-import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from clarion.errors import (
 from clarion.model import KILLED, LOST
 from orchestrator.attempt import PAYLOAD, Attempt
 from orchestrator.ledger import RUNNING, Failure
-from orchestrator.payload import materialise
+from orchestrator.payload import materialise, remove, seal
 from orchestrator.pipelines import GATE, read_pipeline
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ class Engine:
             return
         log.info("job.started", job=job.job_id, attempt=number)
         # What an attempt that ended with the engine left behind.
-        shutil.rmtree(self._work / job.job_id, ignore_errors=True)
+        remove(self._work / job.job_id)
         limit = min(pipeline.timeout_s or self._config.timeout_default_s, self._config.timeout_max_s)
         attempt = Attempt(
             job=job,
@@ -208,6 +207,7 @@ class Engine:
         kept = attempt.keep_log(operator, self._store)
         if exit_status == 0 and not reason:
             self._ledger.operator_ended(attempt.job.job_id, attempt.number, operator, reason="", log=kept)
+            seal(attempt.outputs_of(operator))
             attempt.running.discard(operator)
             attempt.completed.add(operator)
             return True
@@ -253,7 +253,7 @@ class Engine:
         self._active.pop(attempt.job.job_id, None)
         for operator in attempt.pipeline.operators:
             self._executor.cancel(attempt.work_id(operator.name))
-        shutil.rmtree(attempt.folder.parent, ignore_errors=True)
+        remove(attempt.folder.parent)
 
 
 def _said(error: Exception) -> str:

@@ -1,8 +1,10 @@
-"""Make a job's payload: the manifest's instances as Part 10 files in a private, read-only folder, digests verified."""
+"""A job's folders: the payload as Part 10 files, digests verified; what is an input is read-only; removal."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
@@ -24,8 +26,24 @@ def _safe(uid: str) -> str:
     return uid if is_uid(uid) else hashlib.sha256(uid.encode()).hexdigest()[:32]
 
 
+def seal(folder: Path) -> None:
+    """Make a folder and all that is in it read-only: inputs are looked at, never changed."""
+    for path in (*folder.rglob("*"), folder):
+        if path.exists() and not path.is_symlink():
+            path.chmod(0o500 if path.is_dir() else 0o400)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, sealed or not; what cannot be removed stays."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def materialise(store: ObjectStore, manifest: ObjectRef, folder: Path) -> int:
-    """Write `dcm/<patient>/<study>/<series>/<instance>.dcm` under the folder; gives the count.
+    """Write `dcm/<patient>/<study>/<series>/<instance>.dcm` under the folder and seal it; gives the count.
 
     `<patient>` is the first 16 hex digits of SHA-256(PatientID), so that a path tells nothing.
 
@@ -36,6 +54,7 @@ def materialise(store: ObjectStore, manifest: ObjectRef, folder: Path) -> int:
     with effect("payload.write"):
         for entry in entries:
             _write(store, entry, folder / "dcm", patients)
+        seal(folder)
     return len(entries)
 
 
@@ -55,4 +74,3 @@ def _write(store: ObjectStore, entry: ManifestEntry, root: Path, patients: dict[
             transfer_syntax_uid=entry.transfer_syntax_uid,
         )
     )
-    path.chmod(0o400)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from support.world import fork
 
 from clarion.adapters.database import Database
 from clarion.adapters.embedded import EmbeddedBus
@@ -23,6 +26,7 @@ from clarion.testing.executor import InlineExecutor
 from clarion.testing.suites import MOMENT
 from orchestrator.engine import Engine
 from orchestrator.ledger import JobRequests, Ledger, jobs
+from orchestrator.payload import remove, seal
 
 DEFINITION = b"""api-version: 0.7.0
 name: p
@@ -253,3 +257,31 @@ def test_trouble_of_ours_fails_the_job_and_says_so(tmp_path: Path, monkeypatch: 
     assert (rig.row().state, rig.row().cause) == ("failed", "InternalError")
     assert "ZeroDivisionError" in rig.row().reason
     assert "Doe" not in rig.row().reason
+
+
+def test_inputs_are_read_only_and_can_be_removed_again(tmp_path: Path) -> None:
+    """As somebody who is not root: a sealed folder takes no change, and its owner can still remove it."""
+    folder = tmp_path / "work" / "inner"
+    folder.mkdir(parents=True)
+    (folder / "input.dcm").write_bytes(b"x")
+    if os.geteuid() == 0:
+        for path in (tmp_path, tmp_path / "work", folder, folder / "input.dcm"):
+            os.chown(path, 65534, 65534)
+    seal(tmp_path / "work")
+    assert {oct(path.stat().st_mode)[-3:] for path in (tmp_path / "work").rglob("*.dcm")} == {"400"}
+
+    def as_nobody() -> None:
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        for change in (lambda: (folder / "input.dcm").write_bytes(b"y"), (folder / "new").touch):
+            with pytest.raises(PermissionError):
+                change()
+        assert (folder / "input.dcm").read_bytes() == b"x"
+        remove(tmp_path / "work")
+        assert not (tmp_path / "work").exists()
+
+    for above in tmp_path.parents:
+        if above.stat().st_uid == os.geteuid() and str(above).startswith(tempfile.gettempdir() + "/"):
+            above.chmod(0o755)
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(as_nobody, tmp_path / "log"), 0)[1]) == 0
