@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clarion.adapters import embedded
+from clarion.adapters import outbox
 from gateway import tables
 from orchestrator import ledger
 from streams import timeline
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def create_tables(database: Database) -> None:
     """Make what is not there yet."""
-    database.create("bus", embedded.tables, embedded.SCHEMA_VERSION)
+    database.create("bus", outbox.tables, outbox.SCHEMA_VERSION)
     database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
     database.create("orchestrator", ledger.metadata, ledger.SCHEMA_VERSION)
     database.create("streams", timeline.metadata, timeline.SCHEMA_VERSION)

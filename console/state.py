@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clarion.adapters.embedded import count_dead_letters, read_dead_letters, read_lag
+from clarion.adapters.deadletters import count_dead_letters, read_dead_letters
+from clarion.adapters.embedded import read_lag
 from clarion.errors import BusUnavailableError
 from console.stages import read_stages
 from gateway.queries import count_open_groups, count_quarantine, list_blocked_groups, list_deliveries

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clarion.adapters.embedded import DeadLetter, read_dead_letters
+from clarion.adapters.deadletters import DeadLetter, read_dead_letters
 from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ResultInstance, ResultSet
 from gateway.queries import DeliveryRow, StudyCounts, list_deliveries, list_studies

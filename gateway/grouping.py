@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy.exc import OperationalError
 
 from clarion import events
-from clarion.adapters.embedded import record_events
+from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
 from clarion.dicom import read_attributes
 from clarion.errors import MissingObjectError, StoreUnavailableError, describe

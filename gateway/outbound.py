@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from clarion import events
-from clarion.adapters.embedded import record_events
+from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
 from clarion.model import ObjectRef, ResultInstance, ResultSet
 from gateway import tables

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 import structlog
 
 from clarion import events
-from clarion.adapters.embedded import record_events
+from clarion.adapters.outbox import record_events
 from clarion.model import UNKNOWN_STUDY, Instance, ObjectRef, SeriesUid, SopInstanceUid, StudyUid, derive
 from gateway import groups, journal, tables
 from gateway.rulings import key_of

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, read_dead_letters, read_lag
+from clarion.adapters.deadletters import read_dead_letters
+from clarion.adapters.embedded import EmbeddedBus, read_lag
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock, MemoryBus, MemoryStore
 from clarion.errors import PermanentError

@@ -20,9 +20,11 @@ from support.world import Case, fork, make_series
 import streams.stage  # noqa: F401
 from clarion import crashpoints
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, events_table, read_dead_letters, read_lag
+from clarion.adapters.deadletters import read_dead_letters
+from clarion.adapters.embedded import EmbeddedBus, read_lag
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
+from clarion.adapters.outbox import events_table
 from clarion.crashpoints import EFFECTS
 from clarion.errors import PermanentError
 from clarion.events import DeliveryRequested, Event, JobRequested, JobStarted, JobSuperseded

@@ -27,8 +27,9 @@ from support.processes import wait_for_port
 from support.world import free_port, pause
 
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, events_table
+from clarion.adapters.embedded import EmbeddedBus
 from clarion.adapters.memory import ManualClock, MemoryStore
+from clarion.adapters.outbox import events_table
 from clarion.config import GatewayConfig
 from clarion.dicom import split_part10
 from clarion.events import DeliveryRequested, JobSuperseded

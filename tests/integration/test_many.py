@@ -18,9 +18,10 @@ import pytest
 import sqlalchemy as sa
 
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, events_table
+from clarion.adapters.embedded import EmbeddedBus
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
+from clarion.adapters.outbox import events_table
 from clarion.config import GatewayConfig
 from clarion.model import Manifest, ObjectRef
 from clarion.testing.suites import MOMENT

@@ -268,6 +268,6 @@ def test_no_patient_data_in_the_log(system: System, tmp_path: Path) -> None:
     )
     assert not re.search("CANARY|19991231", system.log())
     with system.database.reading() as connection:
-        from clarion.adapters.embedded import events_table
+        from clarion.adapters.outbox import events_table
 
         assert not any(b"CANARY" in row.body for row in connection.execute(sa.select(events_table)))

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, events_table
+from clarion.adapters.embedded import EmbeddedBus
 from clarion.adapters.memory import ManualClock, MemoryStore
+from clarion.adapters.outbox import events_table
 from clarion.codec import Record, decode
 from clarion.config import GatewayConfig
 from clarion.events import GroupClosed

@@ -26,9 +26,9 @@ import yaml
 
 from clarion import crashpoints
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import consumers, dead_letters, events_table
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
+from clarion.adapters.outbox import consumers, dead_letters, events_table
 from clarion.adapters.wakeup import Wakeup
 from clarion.dicom import split_part10
 from clarion.errors import ClarionError

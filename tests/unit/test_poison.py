@@ -14,8 +14,9 @@ import pytest
 import sqlalchemy as sa
 
 from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus, events_table
+from clarion.adapters.embedded import EmbeddedBus
 from clarion.adapters.memory import ManualClock, MemoryStore
+from clarion.adapters.outbox import events_table
 from clarion.errors import StoreUnavailableError, TransientError
 from clarion.model import Action, Decision, Group, Instance, ObjectRef, Trigger
 from clarion.testing.suites import MOMENT
