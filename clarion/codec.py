@@ -50,6 +50,11 @@ def encode(event: Event) -> Record:
     return Record(key=event.subject, headers=headers, body=_adapter(type(event)).dump_json(event))
 
 
+def is_known(kind: str) -> bool:
+    """Tell whether this version reads events of the type."""
+    return kind in _KINDS
+
+
 def decode(record: Record) -> Event:
     """Read a record; unknown fields are passed over. Raises InvalidEventError."""
     kind = _KINDS.get(record.headers.get("ce_type", ""))

@@ -170,10 +170,38 @@ class DatabaseConfig(Model):
     url: str | None = None
 
 
-class BusConfig(Model):
-    """What carries the events."""
+class KafkaSecurity(Model):
+    """How the broker is reached: in the clear on a trusted network, or with TLS, or with a name and a password."""
 
-    kind: Literal["embedded"] = "embedded"
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    ca_file: Path | None = None
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    username: str | None = None
+    password: SecretStr | None = None
+
+
+class KafkaConfig(Model):
+    """A Kafka cluster: where it is, and how our topics are to be (`clarion topics apply`)."""
+
+    bootstrap: Annotated[tuple[str, ...], Field(min_length=1)]
+    prefix: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "clarion"
+    partitions: Annotated[int, Field(ge=1, le=1000)] = 12
+    replication: Annotated[int, Field(ge=1, le=9)] = 3
+    min_insync_replicas: Annotated[int, Field(ge=1, le=9)] = 2
+    retention_hours: Annotated[int, Field(ge=1)] = 24 * 14
+    security: KafkaSecurity = KafkaSecurity()
+
+    @field_validator("bootstrap", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [one.strip() for one in value.split(",")] if isinstance(value, str) else value
+
+
+class BusConfig(Model):
+    """What carries the events; `kafka` is needed when that is Kafka."""
+
+    kind: Literal["embedded", "kafka"] = "embedded"
+    kafka: KafkaConfig | None = None
 
 
 class LogConfig(Model):
@@ -256,6 +284,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401  a typ
 
 
 def _check_references(config: Config, located: Located) -> None:
+    if config.bus.kind == "kafka" and config.bus.kafka is None:
+        located.fault(("bus", "kind"), "bus.kafka.bootstrap is needed as well: the brokers as HOST:PORT")
     gateway = config.gateway
     _check_unique(located, ("gateway", "ae_titles"), "ae_title", [one.ae_title for one in gateway.ae_titles])
     _check_unique(located, ("gateway", "destinations"), "name", [one.name.lower() for one in gateway.destinations])

@@ -1,0 +1,121 @@
+"""Topics as they are to be, and as they are: made and compared, never created by chance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewPartitions, NewTopic, OffsetSpec
+from kafka.errors import KafkaError
+
+from clarion.adapters.kafka import client_settings
+from clarion.adapters.topics import TOPICS
+from clarion.errors import BusUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from clarion.config import KafkaConfig
+
+_WAIT_MS = 10_000
+
+
+def _wanted(config: KafkaConfig) -> dict[str, str]:
+    return {
+        "cleanup.policy": "delete",
+        "retention.ms": str(config.retention_hours * 3_600_000),
+        "min.insync.replicas": str(min(config.min_insync_replicas, config.replication)),
+    }
+
+
+def _admin(config: KafkaConfig) -> KafkaAdminClient:
+    return KafkaAdminClient(
+        **client_settings(config), client_id=f"{config.prefix}-topics", bootstrap_timeout_ms=_WAIT_MS
+    )
+
+
+def check_topics(config: KafkaConfig) -> list[str]:
+    """Say what is not as the configuration wants it; an empty list when all is well. Raises BusUnavailableError."""
+    try:
+        admin = _admin(config)
+        try:
+            return list(_differences(admin, config))
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
+
+
+def apply_topics(config: KafkaConfig) -> list[str]:
+    """Make and mend our topics; says what was done. Partitions are only ever added. Raises BusUnavailableError."""
+    try:
+        admin = _admin(config)
+        try:
+            return list(_apply(admin, config))
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
+
+
+def read_lag(config: KafkaConfig) -> dict[str, int]:
+    """Give how many records each of our consumer groups is behind. Raises BusUnavailableError."""
+    try:
+        admin = _admin(config)
+        try:
+            groups = [
+                one["group_id"] for one in admin.list_groups() if str(one["group_id"]).startswith(f"{config.prefix}.")
+            ]
+            offsets = admin.list_group_offsets(groups) if groups else {}
+            partitions = {place for found in offsets.values() for place in found}
+            latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)) if partitions else {}
+            return {
+                group: sum(max(0, latest[place].offset - committed.offset) for place, committed in found.items())
+                for group, found in sorted(offsets.items())
+            }
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
+
+
+def _differences(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
+    there = set(admin.list_topics())
+    for name in (f"{config.prefix}.{one}" for one in TOPICS):
+        if name not in there:
+            yield f"topic {name} is missing"
+            continue
+        (described,) = admin.describe_topics([name])
+        partitions = described["partitions"]
+        replication = len(partitions[0]["replica_nodes"])
+        if len(partitions) < config.partitions:
+            yield f"topic {name} has {len(partitions)} partitions, {config.partitions} are wanted"
+        if replication != config.replication:
+            yield f"topic {name} has {replication} replicas, {config.replication} are wanted"
+        for key, value in _settings(admin, name).items():
+            wanted = _wanted(config).get(key)
+            if wanted is not None and value != wanted:
+                yield f"topic {name} has {key} {value}, {wanted} is wanted"
+
+
+def _apply(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
+    there = set(admin.list_topics())
+    for name in (f"{config.prefix}.{one}" for one in TOPICS):
+        if name not in there:
+            topic = NewTopic(name, config.partitions, config.replication, topic_configs=_wanted(config))
+            admin.create_topics([topic], wait_for_metadata=True)
+            yield f"made topic {name}: {config.partitions} partitions, {config.replication} replicas"
+            continue
+        (described,) = admin.describe_topics([name])
+        if len(described["partitions"]) < config.partitions:
+            # More partitions send a key elsewhere from then on: order across the change is not kept.
+            admin.create_partitions({name: NewPartitions(config.partitions)})
+            yield f"topic {name}: {config.partitions} partitions; order per key holds anew from here on"
+        changed = {key: value for key, value in _wanted(config).items() if _settings(admin, name).get(key) != value}
+        if changed:
+            admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, configs=changed)])
+            yield f"topic {name}: set {', '.join(f'{key}={value}' for key, value in changed.items())}"
+
+
+def _settings(admin: KafkaAdminClient, name: str) -> dict[str, str]:
+    found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name)], config_filter="all")
+    return {key: str(one["value"]) for key, one in found["topic"][name].items()}
