@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
@@ -36,6 +36,8 @@ RELAY = "relay"
 _RELAY_BATCH = 500
 _POLL_RECORDS = 200
 _POLL_MS = 20
+# The client gives up joining a group when a poll ends: one that joins is given the time that it takes.
+_JOIN_MS = 3000
 _ACKNOWLEDGE_S = 10.0
 # An outage shorter than this costs no record its place: the producer keeps them all, in order.
 _DELIVERY_MS = 24 * 3600 * 1000
@@ -176,7 +178,25 @@ class _Subscription:
     topics: tuple[str, ...]
     handler: StreamHandler
     client: KafkaConsumer | None = None
+    joining: bool = True
     partitions: dict[TopicPartition, _Partition] = field(default_factory=dict)
+
+
+class _Membership(ConsumerRebalanceListener):
+    """Knows whether a consumer is joining its group."""
+
+    def __init__(self, subscription: _Subscription) -> None:
+        self._subscription = subscription
+
+    def on_partitions_revoked(self, revoked: object) -> None:
+        """The group is shared out anew."""
+        del revoked
+        self._subscription.joining = True
+
+    def on_partitions_assigned(self, assigned: object) -> None:
+        """The group has been shared out; there may be nothing for us."""
+        del assigned
+        self._subscription.joining = False
 
 
 class KafkaBus:
@@ -242,7 +262,8 @@ class KafkaBus:
         try:
             client = self._client(one)
             self._resume(one, client)
-            found = client.poll(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+            timeout_ms = _JOIN_MS if one.joining else _POLL_MS
+            found = client.poll(timeout_ms=timeout_ms, max_records=_POLL_RECORDS)
             moved = False
             for partition, records in found.items():
                 moved |= self._take(one, client, partition, records)
@@ -310,7 +331,7 @@ class KafkaBus:
                 allow_auto_create_topics=False,
                 max_poll_interval_ms=int(self._patience_s * 1000) + 600_000,
             )
-            one.client.subscribe(list(one.topics))
+            one.client.subscribe(list(one.topics), listener=_Membership(one))
         return one.client
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewPartitions, NewTopic, OffsetSpec
+from kafka.admin import (  # type: ignore[attr-defined]  # the package names not all that it gives
+    ConfigResource,
+    ConfigResourceType,
+    KafkaAdminClient,
+    NewPartitions,
+    NewTopic,
+    OffsetSpec,
+)
 from kafka.errors import KafkaError
 
 from clarion.adapters.kafka import client_settings
