@@ -256,6 +256,8 @@ def _raise(located: Located) -> None:
 
 
 def _remedy(kind: str, message: str, keys: Keys) -> str:
+    if kind == "path_type":
+        return "must be the path of a folder"
     if kind == "extra_forbidden":
         known = _known_keys(keys[:-1])
         close = difflib.get_close_matches(str(keys[-1]), known, n=1)

@@ -90,7 +90,7 @@ def read_attributes(data: bytes, transfer_syntax_uid: str) -> dict[str, str]:
                 continue
             raw = plain[element.start : element.end]
             if element.tag == _CHARACTER_SET:
-                encodings = _encodings(raw)
+                encodings = encodings_of(raw)
             text = _decode(raw, _vr_of(element), encodings, big_endian=transfer_syntax_uid == EXPLICIT_BE)
             if text is not None:
                 attributes[f"{element.tag:08X}"] = text
@@ -99,7 +99,13 @@ def read_attributes(data: bytes, transfer_syntax_uid: str) -> dict[str, str]:
     return attributes
 
 
-def _encodings(raw: bytes) -> list[str]:
+def decode_text(raw: bytes, encodings: list[str]) -> str:
+    """Decode text of a VR that Specific Character Set applies to (PS3.5 6.1.2.3), without padding."""
+    text = pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def encodings_of(raw: bytes) -> list[str]:
     """Give the codecs of Specific Character Set; a term that PS3.3 C.12.1.1.2 does not define counts as absent."""
     terms = [one.strip(" ") for one in raw.decode("latin-1").strip(" \0").split("\\")]
     if not all(term in pydicom.charset.python_encoding for term in terms):
@@ -120,8 +126,7 @@ def _decode(raw: bytes, vr: str, encodings: list[str], *, big_endian: bool) -> s
     if vr in _PLAIN_TEXT:
         return raw.decode("latin-1").strip(" \0")
     if vr in _ENCODED_TEXT:
-        text = pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
-        return text.encode("utf-8", "replace").decode("utf-8")
+        return decode_text(raw, encodings)
     code = _NUMBERS.get(vr.split(" ", maxsplit=1)[0])
     if code is None:
         return None

@@ -146,7 +146,10 @@ class GroupClosed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupBlocked(Event):
-    """A group cannot be judged: its rule fails or was removed. It is asked again until it answers, or given up."""
+    """A group cannot be judged: its rule fails or was removed. It is asked again until it answers, or given up.
+
+    `reason` is empty when it can be judged again and goes on waiting.
+    """
 
     kind: ClassVar[str] = "group.blocked.v1"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ def find(group: str, name: str) -> type[Any]:
     """Load the plug-in class of that name. Raises ConfigError when there is none, two, or it cannot be loaded."""
     points = [point for point in _points(group) if point.name == name]
     if not points:
-        raise ConfigError([f"no {group} named {name!r}; there are: {', '.join(names(group)) or 'none'}"])
+        kind = group.rpartition(".")[2].removesuffix("s")
+        raise ConfigError([f"no {kind} named {name!r}; there are: {', '.join(names(group)) or 'none'}"])
     if len({point.value for point in points}) > 1:
         given = " and ".join(f"{point.value} of {point.dist.name if point.dist else '?'}" for point in points)
         raise ConfigError([f"{group} {name!r} is provided twice, as {given}; uninstall or rename one"])
@@ -73,6 +75,16 @@ def build(group: str, name: str, settings: Mapping[str, Any]) -> Any:  # noqa: A
     try:
         return plugin(model.model_validate(dict(settings)))
     except ValidationError as error:
-        raise ConfigError(
-            [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
-        ) from error
+        known = [field.alias or key for key, field in model.model_fields.items()]
+        said = [_said(fault["type"], fault["loc"], fault["msg"], known) for fault in error.errors()]
+        raise ConfigError(said) from error
+
+
+def _said(kind: str, place: tuple[int | str, ...], message: str, known: list[str]) -> str:
+    """Say what is wrong with a setting: where, and what is meant perhaps."""
+    where = ".".join(str(part) for part in place)
+    message = message.removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+        message = f"unknown setting; did you mean {close[0]!r}?" if close else f"unknown setting; there are: {known}"
+    return f"{where}: {message}" if where else message

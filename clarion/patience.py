@@ -24,6 +24,7 @@ class Patience:
     tries: int = TRIES
     patience_s: float = PATIENCE_S
     failed: int = 0
+    unforeseen: int = 0
     since: float | None = None
 
     def pause_after(self, error: Exception, now: float) -> float | None:
@@ -34,13 +35,14 @@ class Patience:
         if isinstance(error, TransientError):
             waits = isinstance(error, BusUnavailableError) or now - self.since <= self.patience_s
             return error.retry_after_s if waits else None
-        if isinstance(error, PermanentError) or self.failed >= self.tries:
+        if isinstance(error, PermanentError):
             return None
-        return _PAUSE_S
+        self.unforeseen += 1
+        return _PAUSE_S if self.unforeseen < self.tries else None
 
     def reset(self) -> None:
         """The event is behind us, handled or set aside."""
-        self.failed, self.since = 0, None
+        self.failed, self.unforeseen, self.since = 0, 0, None
 
 
 def reason_of(error: Exception) -> str:

@@ -40,6 +40,7 @@ def check_config(path: Path) -> Checked:
     _check_rules(config, located)
     _check_console(config, located)
     _check_database(config, located)
+    _check_data(config, located)
     if located.faults:
         raise ConfigError([f"{place}: {what}" for place, what in located.faults])
     refuse_network_file_system(config.data)
@@ -62,7 +63,10 @@ def _check_pipelines(config: Config, located: Located, beside: Path) -> dict[str
 
 def _check_rules(config: Config, located: Located) -> None:
     def fault(index: int, what: str) -> None:
-        located.fault(("gateway", "ae_titles", index, "settings"), what)
+        keys = ("gateway", "ae_titles", index, "settings")
+        setting, _, said = what.partition(": ")
+        known = said and setting in config.gateway.ae_titles[index].settings
+        located.fault((*keys, setting) if known else keys, said if known else what)
 
     load_registry(config.gateway, fault)
     known = {pipeline.id for pipeline in config.pipelines}
@@ -71,6 +75,24 @@ def _check_rules(config: Config, located: Located) -> None:
             if key.lower().startswith("pipeline-") and value not in known:
                 keys = ("gateway", "ae_titles", index, "settings", key)
                 located.fault(keys, f"no pipeline {value!r}; pipelines has: {', '.join(sorted(known)) or 'none'}")
+
+
+def _check_data(config: Config, located: Located) -> None:
+    above = next(one for one in (config.data, *config.data.parents) if one.exists())
+    if not above.is_dir():
+        located.fault(("data",), f"{above} is a file; name a folder, or one that can be made")
+
+
+def notes_on(config: Config) -> list[str]:
+    """Say what is allowed and is hardly meant: nothing can be received, nothing is delivered."""
+    gateway, notes = config.gateway, []
+    if not gateway.ae_titles:
+        notes.append("gateway.ae_titles is empty: every association is rejected (called-ae)")
+    if not gateway.sources and gateway.scp.reject_unknown_sources:
+        notes.append("gateway.sources is empty: nobody may send (calling-ae)")
+    notes += [f"pipeline {one.id!r} has no destinations: its results stay here" for one in config.pipelines
+              if not one.destinations]  # fmt: skip
+    return notes
 
 
 def _check_console(config: Config, located: Located) -> None:

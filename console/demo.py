@@ -34,7 +34,7 @@ from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
 from clarion.testing.ports import free_port
 from console.checks import check_config
 from console.exits import DONE, FAILED, INTERRUPTED
-from console.sending import Sent, send_folder
+from console.sending import Sent, look_through, send_folder
 from console.studies import StudyView, read_study
 from console.supervisor import Supervisor
 from streams.queries import ATTENTION
@@ -114,6 +114,9 @@ class Demo:
         ports = _Ports(scp=free_port(), console=free_port(), pacs=free_port())
         checked = check_config(_config(ports, root))
         with ExitStack() as stack:
+            if self._options.folder is not None:
+                # Before anything starts: a folder without DICOM is told at once.
+                look_through(self._options.folder)
             folder = self._options.folder or self._generate(root)
             pacs = self._start_pacs(root, ports)
             stack.callback(_end, pacs)
@@ -133,6 +136,8 @@ class Demo:
             views = self._wait(database, store, supervisor, sorted(sent.studies))
             summary = self._summary(sent, views, root, page)
             self._show(summary)
+            if not summary["verified"]:
+                self._explain(views, root)
             if not self._options.once:
                 self._stay(supervisor, page)
             return (DONE if summary["verified"] else FAILED), summary
@@ -237,11 +242,26 @@ class Demo:
             for path in pacs.glob("*.dcm")
             if str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) in seg_uids
         ]
+        if not files:
+            return {}
         found = _read_masks(files[0], self._phantom)
         truth = {"Left lung": self._phantom.left_lung, "Right lung": self._phantom.right_lung}
         return {name: round(dice(found[name], mask), 4) for name, mask in truth.items() if name in found}
 
+    def _explain(self, views: list[StudyView], root: Path) -> None:
+        """Say why nothing came back, and where to look."""
+        said = [f"{job.cause}: {job.reason}" for view in views for job in view.jobs if job.reason]
+        said += [one.reason for view in views for one in view.deliveries if one.state == "failed"]
+        said += [one.reason for view in views for one in view.dead_letters]
+        self._screen.print("[bold red]Not everything came back.[/] " + escape("; ".join(dict.fromkeys(said))))
+        if self._options.keep is None:
+            self._screen.print("  --keep FOLDER keeps log, data and PACS to look at")
+        else:
+            self._screen.print(f"  the log is {root}/clarion.log", soft_wrap=True)
+
     def _show(self, summary: dict[str, Any]) -> None:
+        if not summary["results"]:
+            return
         table = Table(title="Back in the PACS", title_justify="left")
         for column in ("object", "size", "state"):
             table.add_column(column, justify="right" if column == "size" else "left")
@@ -269,14 +289,17 @@ class Demo:
 
 def _is_finished(view: StudyView) -> bool:
     """Tell whether nothing more happens to a study by itself: its jobs and deliveries are at their ends."""
-    if view.dead_letters or view.counts.grouped == 0:
-        return bool(view.dead_letters) or (view.counts.received > 0 and view.state in ATTENTION)
+    if view.dead_letters or not view.jobs:
+        nothing_taken = view.counts.grouped == 0 and view.counts.received > 0 and view.state in ATTENTION
+        return bool(view.dead_letters) or nothing_taken or view.state in {"Failed", "Ignored"}
     delivered = {one.job_id for one in view.deliveries}
     ended = [
         job.state in _ENDED_JOBS and (job.state != "succeeded" or job.job_id in delivered or not view.results)
         for job in view.jobs
     ]
-    return bool(ended) and all(ended) and all(one.state in _ENDED_DELIVERIES for one in view.deliveries)
+    settled = all(ended) and all(one.state in _ENDED_DELIVERIES for one in view.deliveries)
+    # Late instances begin a revision, which will have a job of its own.
+    return settled and view.state != "Received"
 
 
 def _state(view: StudyView, job_id: str, uid: str, kept: set[str]) -> str:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clarion.adapters.files import free_bytes
-from clarion.errors import ClarionError
+from clarion.errors import ClarionError, PeerUnavailableError
 from clarion.loading import check_package_names
 from clarion.model import Destination
 from clarion.service import read_heartbeats
-from console.checks import check_config
+from console.checks import check_config, notes_on
+from gateway.access import matches
 from gateway.scu import Requestor, Timeouts
 from gateway.space import Space
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from clarion.config import Config
 
 _CONNECT_S = 3.0
+# An address of nobody's (RFC 5737): to match it every name has to be resolved.
+_NOBODY = "192.0.2.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,10 @@ def diagnose(config_file: Path) -> list[Check]:
     config = checked.config
     checks.append(Check(name="configuration", good=True, found=str(config_file)))
     running = {beat.stage for beat in read_heartbeats(config.data / "run") if beat.alive}
+    notes = notes_on(config)
+    checks.append(Check(name="receiving", good=not notes, found="; ".join(notes) or "sources and AE titles are named",
+                        remedy="add them, unless you mean it"))  # fmt: skip
+    checks += _names_of_sources(config)
     checks.append(_space(config))
     checks += _ports(config, running)
     checks += _peers(config)
@@ -104,6 +111,15 @@ def _ports(config: Config, running: set[str]) -> Iterator[Check]:
                 )
             else:
                 yield Check(name=name, good=True, found=f"{port} is free")
+
+
+def _names_of_sources(config: Config) -> Iterator[Check]:
+    for source in config.gateway.sources:
+        try:
+            matches(source.host, _NOBODY)
+        except PeerUnavailableError as error:
+            yield Check(name=f"source {source.ae_title}", good=False, found=str(error),
+                        remedy="mend the name or DNS; until then its associations are rejected for now")  # fmt: skip
 
 
 def _peers(config: Config) -> Iterator[Check]:

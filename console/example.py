@@ -25,7 +25,7 @@ gateway:
     settings:
       timeout: 5                    # seconds of quiet before a group is complete
       groupBy: 0020,000D            # Study Instance UID
-      pipeline-chest: chest-ct      # pipeline-NAME: id of a pipeline below
+      pipeline-chest: chest-ct      # pipeline-NAME: id of a pipeline below; give other modalities another AE title
   sources:                          # who may send: AE title and address, both must match
   - {ae_title: MODALITY, host: 127.0.0.1}
   destinations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import sys
@@ -33,6 +34,17 @@ cli.add_typer(config_cli, name="config")
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.", envvar=None)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DEFAULT_CONFIG = Path("clarion.yaml")
+
+
+class DeliveryState(enum.StrEnum):
+    """States of a delivery, as `gateway.outbound` has them."""
+
+    WAITING = "waiting"
+    SENT = "sent"
+    VERIFIED = "verified"
+    UNVERIFIED = "unverified"
+    FAILED = "failed"
+    SUPERSEDED = "superseded"
 
 
 def _run(command: Callable[[], int]) -> None:
@@ -77,11 +89,14 @@ def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
     """Run every stage on this machine until SIGTERM or Ctrl-C; both drain in order."""
 
     def body() -> int:
-        from console.checks import check_config  # noqa: PLC0415  quick --help
+        from console.checks import check_config, notes_on  # noqa: PLC0415  quick --help
         from console.logs import configure  # noqa: PLC0415  quick --help
         from console.supervisor import Supervisor  # noqa: PLC0415  quick --help
 
         checked = check_config(config)
+        for note in notes_on(checked.config):
+            typer.echo(f"clarion: note: {note}", err=True)
+        typer.echo(f"clarion: starting on {checked.config.data} …", err=True)
         configure(checked.config.log, "supervisor")
         supervisor = Supervisor(checked)
         supervisor.start()
@@ -151,7 +166,7 @@ def demo(
 
 @cli.command()
 def status(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
-    """Show the stages, how far each is behind, jobs and dead letters; status 3 when a stage is down."""
+    """Show the stages, how far each is behind, jobs and dead letters; status 3 unless every stage runs well."""
 
     def body() -> int:
         from console.state import read_state, show_state  # noqa: PLC0415  quick --help
@@ -250,10 +265,7 @@ def study_show(
 @delivery_cli.command("list")
 def delivery_list(
     config: ConfigFile = DEFAULT_CONFIG,
-    state: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these states: waiting, sent, verified, unverified, failed, superseded."),
-    ] = None,
+    state: Annotated[list[DeliveryState] | None, typer.Option(help="Only deliveries in this state.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10000)] = 50,
     as_json: AsJson = False,
 ) -> None:
@@ -270,7 +282,8 @@ def delivery_list(
             return 0
         for one in rows:
             counted = f"{one.answered}/{one.instances}"
-            typer.echo(f"{one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  {one.reason}")
+            again = f"again at {one.due[:19]}; " if one.due else ""
+            typer.echo(f"{one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  {again}{one.reason}")
         if not rows:
             typer.echo("no deliveries", err=True)
         return 0
@@ -288,17 +301,20 @@ def delivery_retry(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be taken up.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take up failed or unverified deliveries once more, with a new budget; what was stored is not sent again."""
+    """Send now, with a new budget, what waits, failed, stayed unverified or was superseded.
+
+    What was stored of a failed one is not sent again; an unverified one, of which nothing can be proved, is sent whole.
+    """
 
     def body() -> int:
         from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
-        from gateway.outbound import Outbound  # noqa: PLC0415  quick --help
+        from gateway.outbound import RETRYABLE, Outbound  # noqa: PLC0415  quick --help
         from gateway.queries import list_deliveries  # noqa: PLC0415  quick --help
 
         if bool(delivery_ids) == failed:
             raise ConfigError(["name deliveries by id, or say --failed for all that failed"])
         app = _reader(config)
-        states = ("failed",) if failed else ("failed", "unverified")
+        states = ("failed",) if failed else RETRYABLE
         there = [one.delivery_id for one in list_deliveries(app.database, states=states, limit=100_000)]
         wanted = there if failed else [one for one in delivery_ids or () if one in there]
         taken = wanted if dry_run else Outbound(app.database).retry(wanted, app.clock.now())
@@ -308,7 +324,9 @@ def delivery_retry(
         else:
             typer.echo(f"{len(taken)} deliveries {'would be' if dry_run else ''} taken up".replace("  ", " "))
             for one in passed_over:
-                typer.echo(f"{one}: no delivery of this id that failed or stayed unverified", err=True)
+                typer.echo(
+                    f"{one}: no delivery of this id that could be sent: it is on its way, verified or unknown", err=True
+                )
         return 1 if passed_over else 0
 
     _run(body)
@@ -316,25 +334,30 @@ def delivery_retry(
 
 @config_cli.command("check")
 def config_check(
-    config: Annotated[Path, typer.Argument(help="The configuration file.")] = DEFAULT_CONFIG, as_json: AsJson = False
+    file: Annotated[Path | None, typer.Argument(help="The configuration file.")] = None,
+    config: ConfigFile = DEFAULT_CONFIG,
+    as_json: AsJson = False,
 ) -> None:
     """Check a configuration as a whole; every fault with file, line, key and remedy."""
 
     def body() -> int:
         from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
-        from console.checks import check_config  # noqa: PLC0415  quick --help
+        from console.checks import check_config, notes_on  # noqa: PLC0415  quick --help
 
+        path = file or config
         try:
-            check_config(config)
+            notes = notes_on(check_config(path).config)
         except ConfigError as error:
             if as_json:
-                _print_json({"ok": False, "faults": error.faults})
+                _print_json({"ok": False, "faults": error.faults, "notes": []})
                 return 2
             raise
         if as_json:
-            _print_json({"ok": True, "faults": []})
-        else:
-            typer.echo(f"{config}: good")
+            _print_json({"ok": True, "faults": [], "notes": notes})
+            return 0
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(f"{path}: good")
         return 0
 
     _run(body)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from clarion.dicom import read_header, split_part10
 from clarion.errors import InvalidInstanceError, UnreadableSeriesError
+from clarion.model import is_uid
 from gateway.scu import Requestor, Timeouts
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ def send_folder(
     folder: Path, peer: Destination, *, own_ae: str, progress: Callable[[int, int], None] = lambda _done, _all: None
 ) -> Sent:
     """Send every DICOM file below a folder on one association; what is not DICOM is named as skipped."""
-    sent = Sent()
-    files = [one for path in sorted(folder.rglob("*")) if path.is_file() and (one := _look(path, sent)) is not None]
-    if not files:
-        raise UnreadableSeriesError("no-dicom", f"{folder} holds no DICOM file that could be sent")
+    files, sent = look_through(folder)
     classes = {(one.sop_class, one.syntax) for one in files}
     with Requestor(peer, own_ae=own_ae, classes=classes, timeouts=_TIMEOUTS) as requestor:
         for number, one in enumerate(files, 1):
@@ -58,6 +56,15 @@ def send_folder(
     return sent
 
 
+def look_through(folder: Path) -> tuple[list[_File], Sent]:
+    """Find what can be sent below a folder, and name what cannot. Raises UnreadableSeriesError when nothing can."""
+    sent = Sent()
+    files = [one for path in sorted(folder.rglob("*")) if path.is_file() and (one := _look(path, sent)) is not None]
+    if not files:
+        raise UnreadableSeriesError("no-dicom", f"in {folder} there is no DICOM file that could be sent")
+    return files, sent
+
+
 def _look(path: Path, sent: Sent) -> _File | None:
     try:
         data, syntax = split_part10(path.read_bytes())
@@ -65,7 +72,7 @@ def _look(path: Path, sent: Sent) -> _File | None:
         sent.skipped.append(path.name)
         return None
     header = read_header(data, syntax)
-    if not header.sop_class_uid or not header.sop_instance_uid:
+    if not is_uid(header.sop_class_uid) or not is_uid(header.sop_instance_uid) or not is_uid(syntax):
         sent.skipped.append(path.name)
         return None
     sent.studies.add(header.study_uid)

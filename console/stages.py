@@ -28,6 +28,8 @@ def _stage(name: str, beat: Heartbeat | None) -> dict[str, Any]:
         return {"stage": name, "state": "down", "alive": False, "pid": None, "trouble": "has not been started"}
     described = {"stage": name, "alive": beat.alive, "pid": beat.pid, "trouble": beat.trouble, "facts": beat.facts}
     since = str(beat.facts.get("waiting_since", ""))
+    if beat.state == "stopped":
+        return {**described, "state": "down", "trouble": "was stopped in order"}
     if not beat.alive:
         return {**described, "state": "down", "trouble": "its process has ended or no longer speaks"}
     if beat.trouble:

@@ -13,7 +13,7 @@ from clarion.adapters.deadletters import count_dead_letters, read_dead_letters
 from clarion.adapters.embedded import read_lag
 from clarion.errors import BusUnavailableError
 from console.stages import read_stages
-from gateway.queries import count_open_groups, count_quarantine, list_blocked_groups, list_deliveries
+from gateway.queries import count_deliveries, count_open_groups, count_quarantine, list_blocked_groups
 from orchestrator.queries import count_jobs
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_state(app: App) -> dict[str, Any]:
             "blocked_groups": [asdict(one) for one in list_blocked_groups(app.database, _SHOWN)],
             "quarantined": count_quarantine(app.database),
             "jobs": count_jobs(app.database),
-            "failed_deliveries": len(list_deliveries(app.database, states=["failed"])),
+            "deliveries": count_deliveries(app.database),
         }
     except BusUnavailableError as error:
         state |= {"database": str(error), "ok": False}
@@ -54,19 +54,19 @@ def show_state(state: dict[str, Any]) -> None:
     for column in ("stage", "state", "pid", "facts"):
         table.add_column(column)
     for one in state["stages"]:
-        facts = ", ".join(f"{key} {value}" for key, value in one.get("facts", {}).items() if value not in ("", {}, []))
+        facts = "; ".join(_fact(key, value) for key, value in one.get("facts", {}).items() if value not in ("", {}, []))
         colour = {"running": "green", "behind": "yellow"}.get(one["state"], "red")
         said = f"[{colour}]{one['state']}[/]"
         table.add_row(one["stage"], said, str(one["pid"] or "-"), escape(one["trouble"] or facts))
     screen.print(table)
-    behind = ", ".join(f"{one['consumer']} {one['behind']}" for one in state.get("consumers", [])) or "-"
+    late = [f"{one['consumer']} {one['behind']}" for one in state.get("consumers", []) if one["behind"]]
+    behind = f"{', '.join(late)} events" if late else "nobody"
     jobs = ", ".join(f"{count} {name}" for name, count in state.get("jobs", {}).items()) or "none"
     screen.print(f"behind: {behind}")
     screen.print(f"jobs: {jobs}; open groups: {state.get('open_groups', '-')}")
-    screen.print(
-        f"in quarantine: {state.get('quarantined', '-')}; failed deliveries: {state.get('failed_deliveries', '-')} "
-        f"(clarion delivery list); dead letters: {state.get('dead_letters', '-')}"
-    )
+    deliveries = ", ".join(f"{count} {name}" for name, count in state.get("deliveries", {}).items()) or "none"
+    screen.print(f"deliveries: {deliveries} (clarion delivery list)")
+    screen.print(f"in quarantine: {state.get('quarantined', '-')}; dead letters: {state.get('dead_letters', '-')}")
     for one in state.get("latest_dead_letters", []):
         screen.print(
             f"  [red]dead letter[/] {one['time'][:19]} {one['consumer']} {one['kind']}: {escape(one['reason'])}"
@@ -77,6 +77,15 @@ def show_state(state: dict[str, Any]) -> None:
         )
     if state["database"] != "ok":
         screen.print(f"[red]database: {escape(state['database'])}[/]")
+
+
+def _fact(key: str, value: object) -> str:
+    """Say a fact of a stage in words."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {count}" for name, count in value.items())
+    elif isinstance(value, list):
+        value = ", ".join(str(one) for one in value)
+    return f"{key.replace('_', ' ')} {value}"
 
 
 def show_study(view: StudyView) -> None:

@@ -39,7 +39,9 @@ CALLING_UNKNOWN = Rejection(check="calling-ae", result=1, source=1, reason=3)
 CALLED_UNKNOWN = Rejection(check="called-ae", result=1, source=1, reason=7)
 TOO_MANY = Rejection(check="association-limit", result=2, source=3, reason=2)
 NO_SPACE = Rejection(check="disk-space", result=2, source=3, reason=1)
-UNRESOLVED = Rejection(check="calling-address", result=2, source=3, reason=1)
+CALLING_ELSEWHERE = Rejection(check="calling-address", result=1, source=1, reason=3)
+"""The AE title is known, its address is not one of those that it may come from."""
+UNRESOLVED = Rejection(check="calling-host-unresolved", result=2, source=3, reason=1)
 NOT_READY = Rejection(check="not-ready", result=2, source=3, reason=1)
 OUR_FAULT = Rejection(check="internal-error", result=2, source=3, reason=1)
 
@@ -92,17 +94,26 @@ class AccessList:
         A source may send to a configured called AE title, a destination may report to us under the name we send by;
         a peer may be both.
         """
-        try:
-            source = self._open or _listed(self._sources, calling, address)
-            destination = _listed(self._peers, calling, address)
-        except PeerUnavailableError:
+        source = True if self._open else _listed(self._sources, calling, address)
+        destination = _listed(self._peers, calling, address)
+        if source is None or (not source and destination is None):
             return UNRESOLVED
         if not source and not destination:
-            return CALLING_UNKNOWN
+            known = any(title == calling for title, _ in (*self._sources, *self._peers))
+            return CALLING_ELSEWHERE if known else CALLING_UNKNOWN
         if called not in self._called and not (destination and called == self._own):
             return CALLED_UNKNOWN
-        return Admission(may_store=source and called in self._called, may_report=destination)
+        # A destination's name that cannot be resolved now costs it its reports, never a source its instances.
+        return Admission(may_store=source and called in self._called, may_report=bool(destination))
 
 
-def _listed(entries: Iterable[tuple[str, str]], ae_title: str, address: str) -> bool:
-    return any(title == ae_title and matches(host, address) for title, host in entries)
+def _listed(entries: Iterable[tuple[str, str]], ae_title: str, address: str) -> bool | None:
+    """Tell whether a peer is in a list; None when that depends on a name that cannot be resolved now."""
+    unresolved = False
+    for host in (host for title, host in entries if title == ae_title):
+        try:
+            if matches(host, address):
+                return True
+        except PeerUnavailableError:
+            unresolved = True
+    return None if unresolved else False

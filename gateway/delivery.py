@@ -116,6 +116,8 @@ class DeliveryStage:
             self._outbound.settle_failed(delivery, now=now, reason=UNKNOWN_DESTINATION, again=None)
             return
         attempt = self._outbound.begin_attempt(delivery.delivery_id, self._clock.now() + _CRASHED_ATTEMPT)
+        if attempt is None:
+            return
         delivery = replace(delivery, attempts=attempt)
         items = [item for item in self._outbound.items(delivery.delivery_id) if outcome_of(item) is Outcome.AGAIN]
         trouble = ""
@@ -183,9 +185,10 @@ class DeliveryStage:
 
     def _again(self, delivery: Delivery) -> timedelta | None:
         settings = self._config.delivery
-        if delivery.attempts > settings.max_retries:
+        tries = delivery.attempts - delivery.spent
+        if tries > settings.max_retries:
             return None
-        return backoff(delivery.attempts, settings.retry_delay_s, settings.retry_delay_max_s)
+        return backoff(tries, settings.retry_delay_s, settings.retry_delay_max_s)
 
     def _associate(self, destination: Destination, classes: set[tuple[str, str]]) -> Requestor:
         def reported(report: Report) -> None:

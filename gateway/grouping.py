@@ -3,7 +3,7 @@
 Contract. Instances, groups, outgoing events and the journal position are committed together, in batches. Before a
 record is taken, every group whose time had come by the time of that record is judged; when the journal is empty, by
 the time read before looking at it (docs/decisions/0005). What is wrong with a record or a rule concerns that record
-or group alone. Objects are read before the transaction begins: nobody waits for our disk with the database locked.
+or group alone. Objects are read before the transaction begins: nobody waits for a slow disk with the database locked.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ READER = "grouping"
 _BATCH = 200
 _BATCH_S = 0.05
 _PREPARE_S = 0.25
-# An object that cannot be read so often is set aside.
+# An object that cannot be read so often, and for so long, is set aside.
 _STORE_TRIES = 5
+_STORE_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,16 @@ class Grouping:
         self._records = Records(registry)
         self._taken = 0
         self._backlog = _Backlog()
-        self._unreadable: tuple[journal.Position, int] | None = None
+        # Where an object could not be read, how often, and since when.
+        self._unreadable: tuple[journal.Position, int, float] | None = None
         database.create(SOURCE, tables.metadata, tables.SCHEMA_VERSION)
 
     def step(self) -> bool:
         """Take a batch of records, or close one group that is due; tell whether there may be more."""
         now = self._clock.now()
         entries = list(journal.read(self._folder, self._position(), _BATCH))
-        self._backlog = _Backlog(len(entries), entries[0].time if entries else None, len(entries) == _BATCH)
+        oldest = next((one.time for one in entries if one.kind != journal.TAIL), None)
+        self._backlog = _Backlog(len(entries), oldest, len(entries) == _BATCH)
         if not entries:
             return self._judge_waiting(now)
         prepared = self._prepare(entries)
@@ -98,7 +101,8 @@ class Grouping:
         with effect("grouping.commit"), self._database.transaction() as connection:
             for one in prepared:
                 while self._judge(connection, one.entry.time):
-                    pass
+                    if self._clock.monotonic() > until:
+                        return True
                 self._take_or_set_aside(connection, one)
                 self._keep_position(connection, one.entry.after)
                 taken += 1
@@ -115,7 +119,7 @@ class Grouping:
         if backlog.records and backlog.oldest is not None:
             facts["waiting_since"] = backlog.oldest.isoformat()
         if backlog.more:
-            facts["records_waiting"] = f"{backlog.records} or more"
+            facts["records_waiting"] = f"{max(1, backlog.records)} or more"
         return facts
 
     def drain(self) -> None:
@@ -178,9 +182,12 @@ class Grouping:
 
     def _wait_for_store(self, entry: journal.Entry) -> bool:
         """Tell whether an object that cannot be read now is worth waiting for; a bad sector is not, for ever."""
-        before = self._unreadable[1] if self._unreadable and self._unreadable[0] == entry.after else 0
-        self._unreadable = (entry.after, before + 1)
-        return before + 1 < _STORE_TRIES
+        now = self._clock.monotonic()
+        before, since = 0, now
+        if self._unreadable is not None and self._unreadable[0] == entry.after:
+            _, before, since = self._unreadable
+        self._unreadable = (entry.after, before + 1, since)
+        return before + 1 < _STORE_TRIES or now - since < _STORE_PATIENCE_S
 
     def _failed(self, entry: journal.Entry, reason: str, error: Exception) -> _Prepared:
         log.error("record.setaside", kind=entry.kind, reason=reason, error=describe(error))
@@ -265,10 +272,9 @@ class Grouping:
         """Let the group wait; what keeps it from being judged is said once."""
         again = decision.again if decision.again is not None else now + RULE_RETRY
         groups.keep_open(connection, row, decision.reason, max(again, now))
-        if decision.reason in TROUBLES and decision.reason != row["reason"]:
-            event = events.GroupBlocked(
-                **self._next(connection, row, now), revision=row["revision"], reason=decision.reason
-            )
+        before, after = (one if one in TROUBLES else "" for one in (row["reason"], decision.reason))
+        if before != after:
+            event = events.GroupBlocked(**self._next(connection, row, now), revision=row["revision"], reason=after)
             record_events(connection, [event])
 
     def _close(

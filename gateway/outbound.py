@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SOURCE = "gateway"
 WAITING, SENT, VERIFIED, UNVERIFIED, FAILED = "waiting", "sent", "verified", "unverified", "failed"
 SUPERSEDED = "superseded"
+RETRYABLE = (WAITING, FAILED, UNVERIFIED, SUPERSEDED)
 UNKNOWN_DESTINATION = "unknown-destination"
 
 _table = tables.deliveries
@@ -33,13 +34,14 @@ _items = tables.delivery_instances
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """A delivery as it stands."""
+    """A delivery as it stands; `attempts` counts all, `spent` those of budgets that are over."""
 
     delivery_id: str
     job_id: str
     destination: str
     state: str
     attempts: int
+    spent: int
     transaction_uid: str | None
     verify_until: datetime | None
 
@@ -77,6 +79,7 @@ class DeliveryRequests:
                     state=WAITING,
                     sequence=event.sequence,
                     attempts=0,
+                    spent=0,
                     due=event.time.isoformat(),
                     requested=event.time.isoformat(),
                     reason="",
@@ -93,6 +96,7 @@ class DeliveryRequests:
                         note="",
                     )
                 )
+            _supersede(connection, event.job_id, event.time)
         return ()
 
 
@@ -103,19 +107,32 @@ class SupersededJobs:
         self._database = database
 
     def handle(self, event: Event) -> Iterable[Event]:
-        """Give up the job's deliveries that wait; one that was made, or is verified, stays as it is."""
+        """Give up the job's deliveries that wait or failed; one that was made, or is verified, stays as it is."""
         if not isinstance(event, events.JobSuperseded):
             return ()
-        here = sa.and_(_table.c.job_id == event.subject, _table.c.state == WAITING)
         with effect("delivery.supersede"), self._database.transaction() as connection:
-            waiting = connection.execute(sa.select(_table.c.delivery_id, _table.c.destination).where(here)).all()
-            said = [
-                events.DeliverySuperseded(**_next(connection, row.delivery_id, event.time), destination=row.destination)
-                for row in waiting
-            ]
-            connection.execute(_table.update().where(here).values(state=SUPERSEDED, reason=f"by job {event.by}"))
-            record_events(connection, said)
+            connection.execute(
+                tables.superseded_jobs.insert().prefix_with("OR REPLACE", dialect="sqlite"),
+                {"job_id": event.subject, "by": event.by},
+            )
+            _supersede(connection, event.subject, event.time)
         return ()
+
+
+def _supersede(connection: sa.Connection, job_id: str, now: datetime) -> None:
+    """Give up what of a superseded job's deliveries has not been made."""
+    table = tables.superseded_jobs
+    by = connection.execute(sa.select(table.c.by).where(table.c.job_id == job_id)).scalar_one_or_none()
+    if by is None:
+        return
+    here = sa.and_(_table.c.job_id == job_id, _table.c.state.in_((WAITING, FAILED)))
+    waiting = connection.execute(sa.select(_table.c.delivery_id, _table.c.destination).where(here)).all()
+    said = [
+        events.DeliverySuperseded(**_next(connection, row.delivery_id, now), destination=row.destination)
+        for row in waiting
+    ]
+    connection.execute(_table.update().where(here).values(state=SUPERSEDED, reason=f"by job {by}"))
+    record_events(connection, said)
 
 
 class Outbound:
@@ -146,14 +163,16 @@ class Outbound:
                 for row in connection.execute(query)
             ]
 
-    def begin_attempt(self, delivery_id: str, due: datetime) -> int:
-        """Count an attempt; should we die in it, the next one is due at `due`."""
+    def begin_attempt(self, delivery_id: str, due: datetime) -> int | None:
+        """Count an attempt; should we die in it, the next one is due at `due`. None when it no longer waits."""
         with effect("delivery.attempt"), self._database.transaction() as connection:
-            connection.execute(
+            counted = connection.execute(
                 _table.update()
-                .where(_table.c.delivery_id == delivery_id)
+                .where(_table.c.delivery_id == delivery_id, _table.c.state == WAITING)
                 .values(attempts=_table.c.attempts + 1, due=due.isoformat())
             )
+            if counted.rowcount == 0:
+                return None
             query = sa.select(_table.c.attempts).where(_table.c.delivery_id == delivery_id)
             return int(connection.execute(query).scalar_one())
 
@@ -170,6 +189,8 @@ class Outbound:
             for item in self.items(delivery.delivery_id)
         )
         with effect("delivery.settle"), self._database.transaction() as connection:
+            if not _is(connection, delivery.delivery_id, WAITING):
+                return
             event = events.ResultDelivered(
                 **_next(connection, delivery.delivery_id, now),
                 destination=delivery.destination,
@@ -188,7 +209,8 @@ class Outbound:
     def settle_failed(self, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None) -> None:
         """An attempt failed: tried again at `again`, or never when that is None."""
         with effect("delivery.settle"), self._database.transaction() as connection:
-            self._fail(connection, delivery, now=now, reason=reason, again=again)
+            if _is(connection, delivery.delivery_id, WAITING):
+                self._fail(connection, delivery, now=now, reason=reason, again=again)
 
     def _fail(
         self, connection: sa.Connection, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None
@@ -269,15 +291,17 @@ class Outbound:
         return len(self._retry(here, now))
 
     def retry(self, delivery_ids: Iterable[str], now: datetime) -> list[str]:
-        """Take up failed or unverified deliveries once more, with a new budget; gives those it took up.
+        """Take up deliveries now, with a new budget, that wait, failed, stayed unverified or were superseded.
 
-        Only what was not answered with success is sent, or everything when it was all answered and cannot be proved.
+        Gives those it took up. Only what was not answered with success is sent, or everything when it was all answered
+        and cannot be proved.
         """
-        here = sa.and_(_table.c.state.in_((FAILED, UNVERIFIED)), _table.c.delivery_id.in_(sorted(delivery_ids)))
+        here = sa.and_(_table.c.state.in_(RETRYABLE), _table.c.delivery_id.in_(sorted(delivery_ids)))
         return self._retry(here, now)
 
     def _retry(self, here: sa.ColumnElement[bool], now: datetime) -> list[str]:
-        fresh = {"state": WAITING, "due": now.isoformat(), "attempts": 0, "reason": "", "transaction_uid": None}
+        fresh: dict[str, Any] = {"state": WAITING, "due": now.isoformat(), "reason": "", "transaction_uid": None}
+        fresh["spent"] = _table.c.attempts
         with effect("delivery.retry"), self._database.transaction() as connection:
             taken = list(connection.execute(sa.select(_table.c.delivery_id).where(here)).scalars())
             connection.execute(_table.update().where(_table.c.delivery_id.in_(taken)).values(**fresh))
@@ -287,6 +311,12 @@ class Outbound:
 
     def _change(self, connection: sa.Connection, delivery_id: str, **values: object) -> None:
         connection.execute(_table.update().where(_table.c.delivery_id == delivery_id).values(**values))
+
+
+def _is(connection: sa.Connection, delivery_id: str, state: str) -> bool:
+    """Tell whether a delivery is in a state: it may have been superseded while it was being made."""
+    query = sa.select(_table.c.state).where(_table.c.delivery_id == delivery_id)
+    return bool(connection.execute(query).scalar_one() == state)
 
 
 def _next(connection: sa.Connection, delivery_id: str, now: datetime) -> dict[str, Any]:
@@ -313,6 +343,7 @@ def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`
         destination=row.destination,
         state=row.state,
         attempts=row.attempts,
+        spent=row.spent,
         transaction_uid=row.transaction_uid,
         verify_until=datetime.fromisoformat(row.verify_until) if row.verify_until else None,
     )

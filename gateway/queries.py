@@ -45,6 +45,7 @@ class DeliveryRow:
     state: str
     attempts: int
     reason: str
+    due: str
     instances: int
     answered: int
 
@@ -145,6 +146,7 @@ def list_deliveries(
             state=row.state,
             attempts=row.attempts,
             reason=row.reason,
+            due=row.due if row.state == "waiting" else "",
             instances=row.instances,
             answered=row.answered,
         )
@@ -159,6 +161,13 @@ def list_quarantine(database: Database, limit: int = 500) -> list[QuarantineRow]
         rows = connection.execute(sa.select(table).order_by(table.c.received.desc()).limit(limit)).mappings().all()
     names = QuarantineRow.__dataclass_fields__
     return [QuarantineRow(**{name: row[name] for name in names}) for row in rows]
+
+
+def count_deliveries(database: Database) -> dict[str, int]:
+    """Count the deliveries by state."""
+    state = tables.deliveries.c.state
+    with database.reading() as connection:
+        return {row[0]: row[1] for row in connection.execute(sa.select(state, sa.func.count()).group_by(state))}
 
 
 def count_quarantine(database: Database) -> int:

@@ -51,13 +51,13 @@ def decide(entity: CalledEntity, group: Group, now: datetime) -> tuple[Decision,
         decision = entity.rule.is_complete(group, now)
         triggers = tuple(entity.rule.triggers(group)) if decision.action is Action.CLOSE else ()
         _check(decision, triggers)
+        if decision.again is not None:
+            decision = replace(decision, again=decision.again.astimezone(UTC))
     except OperationalError:
         raise
     except Exception as error:  # noqa: BLE001  whatever a stranger's rule raises: the group stays open, visibly
         log.error("rule.failed", rule=entity.rule_name, group=group.group_id, error=describe(error))  # noqa: TRY400
         return _patiently(group, now, RULE_FAILED), ()
-    if decision.again is not None:
-        decision = replace(decision, again=decision.again.astimezone(UTC))
     return decision, triggers
 
 

@@ -79,6 +79,7 @@ class _Connection:
 
     guard: Guard
     address: str
+    since: float
     answered: bool = False
     ending: str = ""
 
@@ -131,9 +132,14 @@ class Scp:
         return len(self._connections)
 
     def sweep(self) -> None:
-        """Forget connections whose thread has died without a word, as the library's does of what it cannot parse."""
+        """Forget connections whose thread died without a word, as the library's does of what it cannot parse."""
         with self._lock:
-            dead = [one for one in self._connections if one.dul.ident is not None and not one.dul.is_alive()]
+            long_ago = time.monotonic() - 2 * _STALL_S
+            dead = [
+                assoc
+                for assoc, one in self._connections.items()
+                if not assoc.dul.is_alive() and (assoc.dul.ident is not None or one.since < long_ago)
+            ]
         for assoc in dead:
             connection = self._connections.get(assoc)
             if connection is not None:
@@ -167,7 +173,7 @@ class Scp:
         guard = Guard(event.assoc.dul.socket, stall_s=_STALL_S, max_bytes=self._max_bytes)
         address = str(event.assoc.requestor.address)
         with self._lock:
-            self._connections[event.assoc] = _Connection(guard, address)
+            self._connections[event.assoc] = _Connection(guard, address, time.monotonic())
             crowded = len(self._connections) > self._config.max_associations + _SPARE_CONNECTIONS
         if crowded:
             log.warning("connection.cut", reason="too-many-connections", address=address)

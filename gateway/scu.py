@@ -102,6 +102,7 @@ class Requestor:
         on_report: Callable[[Report], None] | None = None,
     ) -> None:
         self._name = destination.name
+        self._place = f"{destination.ae_title} at {destination.host}:{destination.port}"
         self._reported = threading.Event()
         self._on_report = on_report
         ae = AE(ae_title=own_ae)
@@ -280,7 +281,7 @@ class Requestor:
             if primitive.result == _PERMANENT:
                 raise PeerRefusedError(f"{self._name}: association rejected, {said}")
             raise PeerUnavailableError(f"{self._name}: association rejected for now, {said}")
-        raise PeerUnavailableError(f"{self._name}: no association; is the peer running at that host and port?")
+        raise PeerUnavailableError(f"{self._name}: no association with {self._place}; is the peer running there?")
 
 
 def _reference(sop_class: str, sop_instance: str) -> Dataset:

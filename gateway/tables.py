@@ -135,11 +135,21 @@ deliveries = sa.Table(
     sa.Column("state", sa.Text, nullable=False, index=True),
     sa.Column("sequence", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
+    # Attempts before a person asked for more: a new budget begins behind them.
+    sa.Column("spent", sa.Integer, nullable=False, default=0),
     sa.Column("due", sa.Text, nullable=False),
     sa.Column("requested", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False, default=""),
     sa.Column("transaction_uid", sa.Text, nullable=True),
     sa.Column("verify_until", sa.Text, nullable=True),
+)
+
+# Jobs whose results must not leave any more; kept, since the request of their delivery may come later.
+superseded_jobs = sa.Table(
+    "superseded_jobs",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("by", sa.Text, nullable=False),
 )
 
 delivery_instances = sa.Table(

@@ -206,8 +206,8 @@ class Engine:
         """Note how an operator ended; tell whether the job goes on."""
         kept = attempt.keep_log(operator, self._store)
         if exit_status == 0 and not reason:
-            self._ledger.operator_ended(attempt.job.job_id, attempt.number, operator, reason="", log=kept)
             seal(attempt.outputs_of(operator))
+            self._ledger.operator_ended(attempt.job.job_id, attempt.number, operator, reason="", log=kept)
             attempt.running.discard(operator)
             attempt.completed.add(operator)
             return True

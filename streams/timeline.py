@@ -90,6 +90,8 @@ def _group_line(event: Event) -> _Line | None:
             return _Line("Grouped", text, event.studies, event.subject if nothing_follows else "")
         case events.GroupBlocked():
             text = f"Group cannot be judged: {event.reason}; asked again every minute"
+            if not event.reason:
+                return _Line("Received", "Group can be judged again", event.studies)
             return _Line("Failed", text, event.studies)
         case events.GroupDiscarded():
             return _Line("Ignored", f"Group given up: {event.reason}; its instances are kept", event.studies)
@@ -126,7 +128,7 @@ def _delivery_line(event: Event) -> _Line | None:
             text = f"Delivery to {event.destination} failed (attempt {event.attempt}): {event.reason}"
             return _Line("Failed" if event.final else "Produced", text if event.final else f"{text}; tried again")
         case events.DeliverySuperseded():
-            return _Line("Superseded", f"Not sent to {event.destination}: a newer revision takes its place")
+            return _Line("Superseded", f"Given up for {event.destination}: a newer revision takes its place")
         case events.ResultVerified():
             return _Line("Verified", f"{event.destination} keeps every result ({event.how})")
     return None

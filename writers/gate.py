@@ -111,7 +111,7 @@ def check_results(
             said = [*_common(view, expected, known), *_unique(view, seen)]
             check = _CHECKS.get(view.text(_MODALITY))
             said += check(view, expected) if check is not None else ()
-        except (InvalidInstanceError, ValueError, KeyError, IndexError) as error:
+        except (InvalidInstanceError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             said = [("G01", f"a value cannot be read: {type(error).__name__}")]
         findings += [Finding(rule=rule, output=view.output, detail=detail) for rule, detail in said]
     return findings

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from writers.gate_view import is_placed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -35,13 +37,13 @@ _COMPARED = 20
 
 def check_structure_set(view: View, expected: Expected) -> Iterator[tuple[str, str]]:
     """Check names, frames of reference and contours; compare filled contours with the labels."""
-    rois = {view.text_in(one, _ROI_NUMBER): view.text_in(one, _ROI_NAME) for one in view.items(_ROIS)}
+    rois = {view.text_in(one, _ROI_NUMBER): view.name_in(one, _ROI_NAME) for one in view.items(_ROIS)}
     if not rois or len(set(rois.values())) != len(view.items(_ROIS)):
         yield "G11", "no ROI, or two of one name or number"
     if view.text(_APPROVAL) != "UNAPPROVED":
         yield "G11", "approval status is not UNAPPROVED"
     yield from _frames_of_reference(view)
-    planes = {str(ds.SOPInstanceUID): _plane(ds) for ds in expected.source if "ImagePositionPatient" in ds}
+    planes = {str(ds.SOPInstanceUID): _plane(ds) for ds in expected.source if is_placed(ds)}
     found: dict[str, Rings] = {}
     for roi in view.items(_ROI_CONTOURS):
         rings = found.setdefault(rois.get(view.text_in(roi, _REFERENCED_ROI), ""), {})

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from writers.gate_view import is_placed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -44,13 +46,20 @@ def check_segmentation(view: View, expected: Expected) -> Iterator[tuple[str, st
     yield from _grid(view, source[0])
     planes, said = _frames(view, items, source)
     yield from said
-    bits = np.unpackbits(np.frombuffer(pixels, dtype=np.uint8), count=frames * rows * columns, bitorder="little")
-    voxels = bits.reshape(frames, rows, columns)
-    if not voxels.any(axis=(1, 2)).all():
-        yield "G08", "an empty frame"
+    packed = np.frombuffer(pixels, dtype=np.uint8)
     yield from _segments(view, expected)
-    if labels is not None and len(planes) == frames:
-        yield from _voxels(planes, voxels, labels)
+    if any(not _frame(packed, index, (rows, columns)).any() for index in range(frames)):
+        yield "G08", "an empty frame"
+    elif labels is not None and len(planes) == frames:
+        yield from _voxels(planes, packed, labels)
+
+
+def _frame(packed: NDArray[np.uint8], index: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Unpack one frame `[row, column]`; frames follow each other bit by bit (PS3.5 8.1.1)."""
+    size = shape[0] * shape[1]
+    start = index * size
+    span = packed[start // 8 : (start + size + 7) // 8]
+    return np.unpackbits(span, bitorder="little")[start % 8 : start % 8 + size].reshape(shape)
 
 
 def _grid(view: View, first: Dataset) -> Iterator[tuple[str, str]]:
@@ -76,7 +85,7 @@ def _segments(view: View, expected: Expected) -> Iterator[tuple[str, str]]:
     if expected.labels is None:
         return
     written = expected.labels.written()
-    if [view.text_in(one, _LABEL) for one in items] != [one.name for one in written]:
+    if [view.name_in(one, _LABEL) for one in items] != [one.name for one in written]:
         yield "G09", "the segments are not those of the labels"
     if [view.text_in(one, _TRACKING_UID) for one in items] != [expected.job.tracking_uid(one) for one in written]:
         yield "G09", "a tracking UID is not derived from the job"
@@ -87,7 +96,7 @@ def _frames(
 ) -> tuple[list[tuple[int, str]], list[tuple[str, str]]]:
     """Read each frame's segment and cited slice, and compare its position with that of the slice."""
     positions = {str(ds.SOPInstanceUID): [float(one) for one in ds.ImagePositionPatient] for ds in source
-                 if "ImagePositionPatient" in ds}  # fmt: skip
+                 if is_placed(ds)}  # fmt: skip
     planes: list[tuple[int, str]] = []
     said: list[tuple[str, str]] = []
     seen: set[tuple[int, str]] = set()
@@ -110,12 +119,14 @@ def _frames(
     return planes, said[:_MOST_SAID]
 
 
-def _voxels(planes: list[tuple[int, str]], voxels: NDArray[np.uint8], labels: Labels) -> Iterator[tuple[str, str]]:
+def _voxels(planes: list[tuple[int, str]], packed: NDArray[np.uint8], labels: Labels) -> Iterator[tuple[str, str]]:
     """Compare every frame `[row, column]` with the labels of its slice, and the totals, so that no frame is missing."""
     written = labels.written()
     slices = {source.sop_instance_uid: index for index, source in enumerate(labels.volume.sources)}
     found = dict.fromkeys(range(1, len(written) + 1), 0)
-    for (number, uid), frame in zip(planes, voxels, strict=True):
+    shape = labels.volume.geometry.rows, labels.volume.geometry.columns
+    for index, (number, uid) in enumerate(planes):
+        frame = _frame(packed, index, shape)
         if number not in found or uid not in slices:
             yield "G10", f"a frame of segment {number} on a slice that has no labels"
             return

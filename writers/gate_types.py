@@ -49,7 +49,7 @@ _SEG: dict[tuple[int, ...], Types] = {
     # Plane orientation, pixel measures.
     (_SHARED,): ((0x00209116, 0x00289110), ()),
     (_SHARED, 0x00209116): ((0x00200037,), ()),
-    (_SHARED, 0x00289110): ((0x00280030, 0x00180050), ()),
+    (_SHARED, 0x00289110): ((0x00280030,), ()),
     # Frame content, plane position, segment identification, derivation image.
     (_PER_FRAME,): ((0x00209111, 0x00209113, 0x0062000A, 0x00089124), ()),
     (_PER_FRAME, 0x00209111): ((0x00209157,), ()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clarion.dicom import plain_encoding
+from clarion.dicom import decode_text, encodings_of, plain_encoding
 from clarion.elements import DEFLATED_LE, EXPLICIT_LE, Walker
 from clarion.errors import InvalidInstanceError
 
@@ -25,6 +25,7 @@ _MAX_ELEMENTS = 50_000_000
 _TRANSFER_SYNTAX = 0x00020010
 _SAYING = (0x0008103E, 0x00700081, 0x30060006, 0x00082111, 0x0040A492, 0x00204000)
 _LONGEST_BLANK = 64
+_CHARACTER_SET = 0x00080005
 _REFERENCED_CLASS, _REFERENCED_INSTANCE = 0x00081150, 0x00081155
 # Sequences of the objects we write, needed only where implicit VR hides what is one.
 _SEQUENCES = frozenset(
@@ -40,6 +41,11 @@ class Expected:
     source: list[Dataset]
     labels: Labels | None
     job: JobIdentity
+
+
+def is_placed(ds: Dataset) -> bool:
+    """Tell whether a header says where its image lies."""
+    return bool(ds.get("ImagePositionPatient")) and bool(ds.get("ImageOrientationPatient"))
 
 
 class View:
@@ -68,6 +74,14 @@ class View:
     def text_of(self, element: Element) -> str:
         """Give any element's value as text."""
         return self._walker.text(element)
+
+    def name_in(self, item: Item, tag: int) -> str:
+        """Give a text of an item decoded by the result's character set; empty when it is not there."""
+        element = item.get(tag)
+        if element is None:
+            return ""
+        encodings = encodings_of(self.raw(_CHARACTER_SET))
+        return decode_text(self.data[element.start : element.end], encodings)
 
     def text_in(self, item: Item, *tags: int) -> str:
         """Follow first items down from an item to an element; give its text, empty when it is not there."""

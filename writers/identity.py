@@ -9,9 +9,12 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydicom import Dataset, FileMetaDataset
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
+from pydicom.filewriter import correct_ambiguous_vr
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, read_headers
@@ -56,6 +59,9 @@ _TYPE_3 = (
     "ClinicalTrialSubjectID",
     "TimezoneOffsetFromUTC",
 )
+
+_DANGLING = ("ReferencedStudySequence", "ReferencedPatientSequence")
+_UNDEFINED_LENGTH = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +135,17 @@ def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
     """Copy what results share with their source; absent type 2 attributes become empty, absent type 3 stay absent."""
     for keyword in (*_TYPE_2, *_TYPE_2_STUDY):
         if keyword in source:
-            target[keyword] = source[keyword]
+            _copy(source, target, keyword)
         else:
             setattr(target, keyword, None)
     for keyword in _TYPE_3:
-        if keyword in source and source[keyword].value not in (None, ""):
-            target[keyword] = source[keyword]
+        if keyword in source and getattr(source.get_item(keyword), "value", None) not in (None, "", b""):
+            _copy(source, target, keyword)
         elif keyword in target:
+            delattr(target, keyword)
+    for keyword in _DANGLING:
+        # highdicom copies them; what they reference is in nobody's hands here.
+        if keyword in target:
             delattr(target, keyword)
     target.StudyInstanceUID = source.StudyInstanceUID
     if "SpecificCharacterSet" in source:
@@ -144,10 +154,26 @@ def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
         del target.SpecificCharacterSet
 
 
-def neutral(ds: Dataset) -> Dataset:
+def _copy(source: Dataset, target: Dataset, keyword: str) -> None:
+    """Copy an element as its bytes stand in the source, if they have not been decoded: no encoding is tried twice."""
+    raw: Any = source.get_item(keyword)
+    if not isinstance(raw, RawDataElement) or raw.VR == "SQ" or raw.length == _UNDEFINED_LENGTH:
+        target[keyword] = source[keyword]
+        return
+    vr = raw.VR or dictionary_VR(raw.tag)
+    if vr == "SQ" or not raw.is_little_endian:
+        target[keyword] = source[keyword]
+        return
+    value = raw.value or b""
+    target[raw.tag] = RawDataElement(raw.tag, vr, len(value), value, 0, is_implicit_VR=False, is_little_endian=True)
+
+
+def neutral(ds: Dataset, like: Dataset, thickness_mm: float = 1.0) -> Dataset:
     """Give a header as highdicom bears it: type 2 attributes present, no character set that it would not take.
 
-    What a result says of patient and study is copied from the source afterwards, in the source's own encoding.
+    Its orientation is that of `like`, from which the reader lets the slices of a series differ by 1e-3; a thickness
+    that the source does not say is `thickness_mm`. What a result says of patient and study is copied from the source
+    afterwards, as its bytes stand there.
     """
     whole = Dataset()
     whole.update(ds)
@@ -155,6 +181,10 @@ def neutral(ds: Dataset) -> Dataset:
         del whole.SpecificCharacterSet
     for keyword in (*_TYPE_2, *_TYPE_2_STUDY):
         setattr(whole, keyword, "")
+    if "ImageOrientationPatient" in whole and "ImageOrientationPatient" in like:
+        whole.ImageOrientationPatient = like.ImageOrientationPatient
+    if not whole.get("SliceThickness"):
+        whole.SliceThickness = f"{thickness_mm:.6g}"
     whole.file_meta = ds.file_meta
     return whole
 
@@ -223,5 +253,12 @@ def save(ds: Dataset, folder: Path, kind: str, syntax: str = ExplicitVRLittleEnd
     ds.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     ds.file_meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
     path = folder / f"{kind}.dcm"
+    correct_ambiguous_vr(ds, is_little_endian=True)
+    # Said to be as it was read, its raw elements are written as they stand instead of decoded and encoded again.
+    ds.set_original_encoding(
+        is_implicit_vr=ds.file_meta.TransferSyntaxUID.is_implicit_VR,
+        is_little_endian=True,
+        character_encoding=ds._character_set,  # noqa: SLF001  what the library compares it with
+    )
     ds.save_as(path, enforce_file_format=True)
     return path

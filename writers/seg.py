@@ -57,7 +57,8 @@ def write_segmentation(labels: Labels, source: SourceSeries, job: JobIdentity) -
     segments = labels.written()
     if not segments:
         raise OperatorError("no segment has a voxel; an empty SEG is not written")
-    headers = [neutral(ds) for ds in source.headers]
+    thickness_mm = float(np.median(labels.volume.geometry.slice_extents_mm))
+    headers = [neutral(ds, source.first, thickness_mm) for ds in source.headers]
     masks = np.stack([labels.mask(one) for one in segments], axis=-1)
     seg = hd.seg.Segmentation(
         source_images=headers,

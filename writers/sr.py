@@ -76,7 +76,7 @@ def write_measurement_report(
     )
     evidence = [*source.headers, seg]
     report = hd.sr.Comprehensive3DSR(
-        evidence=[neutral(ds) for ds in evidence],
+        evidence=[neutral(ds, source.first) for ds in evidence],
         content=content,
         series_instance_uid=job.uid(KIND, "series"),
         series_number=1,

@@ -47,9 +47,9 @@ def store(at: Serving, instance: tuple[bytes, str], **who: str) -> int:
     ("calling", "called", "host", "answer", "check"),
     [
         ("STRANGER", "B", "127.0.0.1", (1, 1, 3), "calling-ae"),
-        ("A", "B", "192.0.2.0/24", (1, 1, 3), "calling-ae"),
+        ("A", "B", "192.0.2.0/24", (1, 1, 3), "calling-address"),
         ("A", "NOBODY", "127.0.0.1", (1, 1, 7), "called-ae"),
-        ("A", "B", "no-such-host.invalid", (2, 3, 1), "calling-address"),
+        ("A", "B", "no-such-host.invalid", (2, 3, 1), "calling-host-unresolved"),
     ],
 )
 def test_who_is_rejected_and_how(

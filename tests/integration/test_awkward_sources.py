@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
+from support.results import make_results
 from support.world import make_series
 
 from clarion.errors import OperatorError, UnreadableSeriesError
@@ -22,7 +25,7 @@ from clarion.volume import load_volume
 from operators.chest_ct import ChestCtSegmentation
 from operators.dicom_reader import DicomReader
 from operators.measurements import StructureMeasurements
-from writers.gate import ResultGate
+from writers.gate import ResultGate, check_results
 from writers.overview import OverviewWriter
 from writers.rtstruct import RtstructWriter
 from writers.seg import SegWriter
@@ -200,3 +203,74 @@ def test_a_single_slice_has_the_thickness_it_says(tmp_path: Path) -> None:
                              tmp_path / "volume", "volume"))  # fmt: skip
     assert volume.geometry.slice_extents_mm.tolist() == [2.5]
     assert any("2.5 mm" in line for line in volume.report)
+
+
+def _dangling(ds: Dataset) -> None:
+    for keyword in ("ReferencedStudySequence", "ReferencedPatientSequence"):
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = "1.2.840.10008.3.1.2.3.1", "1.2.3.4.5"
+        setattr(ds, keyword, [item])
+
+
+def _jitter(ds: Dataset) -> None:
+    if int(ds.InstanceNumber) % 2:
+        ds.ImageOrientationPatient = [1, 0.000001, 0, 0, 1, 0]
+
+
+LEGAL: dict[str, Callable[[Dataset], None]] = {
+    "references to a study that nobody has": _dangling,
+    "thickness is empty": _set(SliceThickness=None),
+    "thickness is absent": lambda ds: delattr(ds, "SliceThickness"),
+    "orientation differs in the sixth place": _jitter,
+}
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_legal_sources_give_results_that_pass(name: str, tmp_path: Path) -> None:
+    for path in make_series(tmp_path / "payload"):
+        ds = dcmread(path)
+        LEGAL[name](ds)
+        ds.save_as(path)
+    results, findings = pipeline(tmp_path / "payload", tmp_path)
+    assert findings == []
+    for folder in results.values():
+        path = next(folder.glob("*.dcm"))
+        done = subprocess.run([DCIODVFY, str(path)], capture_output=True, text=True, timeout=60, check=False)
+        assert [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")] == [], path.name
+
+
+RAW_NAMES = {
+    "Latin-1 bytes declared as UTF-8": ("ISO_IR 192", "Müller^Jörg".encode("latin-1")),
+    "GB2312 with an empty third part": ("\\ISO 2022 IR 58", b"Zhang^XiaoDong=\x1b$)A\xd5\xc5^\x1b$)A\xd0\xa1\xb6\xab="),
+    "Greek by escape": ("\\ISO 2022 IR 126", b"\x1b-F\xc4\xe9\xef^\x1b-F\xed\xf5\xf3"),
+}
+
+
+@pytest.mark.parametrize("name", RAW_NAMES)
+def test_the_bytes_of_a_name_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    """Bites: decode and encode again what is copied, and the gate blocks results of good sources."""
+    charset, raw = RAW_NAMES[name]
+    raw += b" " * (len(raw) % 2)
+    for path in make_series(tmp_path / "payload"):
+        ds = dcmread(path)
+        ds.SpecificCharacterSet = charset.split("\\")
+        tag = Tag(0x00100010)
+        ds[tag] = RawDataElement(tag, "PN", len(raw), raw, 0, is_implicit_VR=False, is_little_endian=True)
+        ds.set_original_encoding(is_implicit_vr=False, is_little_endian=True, character_encoding=ds._character_set)
+        ds.save_as(path)
+        assert raw in path.read_bytes()
+    results, findings = pipeline(tmp_path / "payload", tmp_path)
+    assert findings == []
+    for folder in results.values():
+        assert raw.rstrip(b" ") in next(folder.glob("*.dcm")).read_bytes()
+
+
+def test_the_gate_bears_a_payload_it_cannot_place_when_there_are_no_labels(tmp_path: Path) -> None:
+    """A pipeline of a stranger's without labels: what the gate cannot read is a finding, never a crash."""
+    made = make_results(tmp_path)
+    made.findings()
+    odd = copy.deepcopy(made.source[0])
+    odd.ImagePositionPatient = None
+    del made.source[1].ImageOrientationPatient
+    files = [(name, made.folder / f"{name}.dcm") for name in made.objects]
+    assert isinstance(check_results(files, [odd, *made.source], None, made.job), list)

@@ -221,6 +221,52 @@ def test_results_of_an_older_revision_that_wait_are_not_sent(tmp_path: Path) -> 
         assert pacs.stored == before
 
 
+def test_superseded_while_it_is_being_sent_it_does_not_come_back(tmp_path: Path) -> None:
+    """Bites: settle whatever the state has become meanwhile, and the old results go out after the new ones."""
+    rig: Rig
+
+    def supersede(*_: object) -> int:
+        SupersededJobs(rig.database).handle(JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k"))
+        return 0xA700
+
+    with peer(supersede) as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        rig.request()
+        assert rig.settle().state == "superseded"
+        rig.clock.advance(timedelta(hours=2))
+        rig.stage.step()
+        assert rig.row().state == "superseded"
+        assert rig.kinds().count("delivery.superseded.v1") == 1
+
+
+@pytest.mark.parametrize("state", ["waiting", "failed"])
+def test_superseded_before_its_request_or_after_it_failed(state: str, tmp_path: Path) -> None:
+    rig = Rig(tmp_path, free_port(), max_retries=0)
+    superseded = JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k")
+    if state == "failed":
+        rig.request()
+        assert rig.settle().state == "failed"
+        rig.bus.publish([superseded])
+    else:
+        rig.bus.publish([superseded])
+        rig.stage.step()
+        rig.request()
+    while rig.row() is None or rig.row().state != "superseded":
+        rig.stage.step()
+        pause(0.005)
+    assert rig.outbound.retry(["d"], rig.clock.now()) == ["d"], "a person may still want it"
+
+
+def test_a_second_budget_asks_for_commitment_anew(tmp_path: Path) -> None:
+    """Bites: count attempts from zero again, and the first budget's report judges the second's transaction."""
+    rig = Rig(tmp_path, free_port(), max_retries=1)
+    rig.request()
+    assert rig.settle().attempts == 2
+    rig.outbound.retry(["d"], rig.clock.now())
+    assert (rig.row().attempts, rig.row().spent) == (2, 2)
+    assert rig.settle().attempts == 4
+
+
 def test_what_was_delivered_stays_delivered_when_its_job_is_superseded(tmp_path: Path) -> None:
     with peer() as pacs:
         rig = Rig(tmp_path, pacs.port)

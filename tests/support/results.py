@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,9 +45,14 @@ class Made:
         return check_results(results, self.source, self.labels, self.job)
 
 
-def make_results(root: Path) -> Made:
-    """Write the four results into a folder."""
-    make_series(root / "series", PhantomSpec(slices=6, size=48, length_mm=120, seed=9))
+def make_results(root: Path, names: dict[str, str] | None = None) -> Made:
+    """Write the four results into a folder; `names` renames segments, then the source is in UTF-8."""
+    for path in make_series(root / "series", PhantomSpec(slices=6, size=48, length_mm=120, seed=9)):
+        if names:
+            ds = dcmread(path)
+            ds.SpecificCharacterSet = "ISO_IR 192"
+            ds.save_as(path)
+    segments = tuple(replace(one, name=(names or {}).get(one.name, one.name)) for one in SEGMENTS)
     slices = read_headers(root / "series")
     source = [ds for _, ds in slices]
     volume = read_series(slices)
@@ -60,7 +65,7 @@ def make_results(root: Path) -> Made:
         volume=Volume(
             array=array, geometry=volume.geometry, unit="segments", series_uid=volume.series_uid, sources=volume.sources
         ),
-        segments=SEGMENTS,
+        segments=segments,
         algorithm=Algorithm(name="Test", version="1", manufacturer="Clarion"),
     )
     job = JobIdentity(

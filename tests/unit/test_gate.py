@@ -297,6 +297,12 @@ def test_no_cut_or_bent_file_passes_or_raises(made: Made, name: str) -> None:
     path.write_bytes(whole)
 
 
+def test_segment_names_of_any_script_are_compared_as_text(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Bites: compare Latin-1 readings, and a name with an umlaut under UTF-8 is blocked."""
+    made = make_results(tmp_path_factory.mktemp("names"), names={"Body": "Körper", "Left lung": "Λεφτ"})
+    assert made.findings() == []
+
+
 def test_two_objects_of_one_uid_are_blocked(made: Made) -> None:
     made.findings()
     twice = [("seg", made.folder / "seg.dcm"), ("again", made.folder / "seg.dcm")]

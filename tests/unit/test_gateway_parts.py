@@ -13,7 +13,15 @@ from clarion.adapters.memory import MemoryStore
 from clarion.config import GatewayConfig, IntakeConfig
 from clarion.elements import EXPLICIT_LE
 from clarion.errors import PeerUnavailableError, StoreUnavailableError
-from gateway.access import CALLED_UNKNOWN, CALLING_UNKNOWN, UNRESOLVED, AccessList, Admission, matches
+from gateway.access import (
+    CALLED_UNKNOWN,
+    CALLING_ELSEWHERE,
+    CALLING_UNKNOWN,
+    UNRESOLVED,
+    AccessList,
+    Admission,
+    matches,
+)
 from gateway.intake import Answer, Arrival, Intake
 from gateway.space import Space
 
@@ -155,7 +163,7 @@ REPORTS = Admission(may_store=False, may_report=True)
     [
         ("CT1", "CHEST", "10.1.2.3", STORES),
         ("CT1", "CHEST", "::ffff:10.1.2.3", STORES),
-        ("CT1", "CHEST", "10.2.2.3", CALLING_UNKNOWN),
+        ("CT1", "CHEST", "10.2.2.3", CALLING_ELSEWHERE),
         ("ct1", "CHEST", "127.0.0.1", CALLING_UNKNOWN),
         ("CT1", "chest", "127.0.0.1", CALLED_UNKNOWN),
         ("PACS", "CLARION", "127.0.0.2", REPORTS),
@@ -164,7 +172,7 @@ REPORTS = Admission(may_store=False, may_report=True)
         # Nothing is grouped under the name we send by: what came there would be acknowledged and ignored.
         ("BOTH", "CLARION", "127.0.0.3", REPORTS),
         ("PACS", "OTHER", "127.0.0.2", CALLED_UNKNOWN),
-        ("PACS", "CLARION", "127.0.0.1", CALLING_UNKNOWN),
+        ("PACS", "CLARION", "127.0.0.1", CALLING_ELSEWHERE),
     ],
 )
 def test_access_list(calling: str, called: str, address: str, expected: object) -> None:
@@ -190,3 +198,14 @@ def test_a_name_that_cannot_be_resolved_is_refused_for_now_only() -> None:
     })  # fmt: skip
     assert AccessList(config).check("A", "B", "127.0.0.1") == UNRESOLVED
     assert AccessList(config).check("X", "B", "127.0.0.1") == CALLING_UNKNOWN
+
+
+def test_a_destination_whose_name_does_not_resolve_still_stores_as_a_source() -> None:
+    """Bites: resolve both lists in one go, and receiving depends on the DNS of a PACS."""
+    config = GatewayConfig.model_validate({
+        "ae_titles": [{"ae_title": "B"}],
+        "sources": [{"ae_title": "A", "host": "127.0.0.1"}],
+        "destinations": [{"name": "a", "ae_title": "A", "host": "no-such-host.invalid", "port": 104}],
+    })  # fmt: skip
+    assert AccessList(config).check("A", "B", "127.0.0.1") == STORES
+    assert AccessList(config).check("A", "B", "127.0.0.2") == UNRESOLVED

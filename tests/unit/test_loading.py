@@ -50,7 +50,7 @@ def test_a_strangers_rule_is_found_and_gets_its_settings() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("by-bde", {}, "no clarion.rules named 'by-bde'; there are: broken, by-bed, by-tag"),
+        ("by-bde", {}, "no rule named 'by-bde'; there are: broken, by-bed, by-tag"),
         ("broken", {}, "strangers_rules:Nothing) cannot be loaded"),
         ("by-tag", {}, "provided twice, as strangers_rules:Rule of strangers"),
         ("by-bed", {"beds": "many"}, "beds: "),

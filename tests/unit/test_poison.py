@@ -6,7 +6,7 @@ import sqlite3
 import struct
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,10 @@ def test_a_record_nobody_foresaw_is_set_aside(tmp_path: Path) -> None:
     assert rig.grouped() == {"1.2.2"}
 
 
+# Later than any time that UTC has.
+NEVER = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
+
+
 def _raises(*_: object) -> Any:
     raise RuntimeError("DOE^JANE")
 
@@ -186,6 +190,10 @@ def test_a_rule_that_gives_no_key_concerns_its_instance(
         (_raises, None),
         (lambda *_: None, None),
         (lambda *_: Decision(action=Action.WAIT, again=datetime(2026, 1, 1)), None),  # noqa: DTZ001  the fault
+        (
+            lambda *_: Decision(action=Action.WAIT, again=datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))),
+            None,
+        ),
         (lambda *_: Decision(action=Action.CLOSE), _raises),
         (lambda *_: Decision(action=Action.CLOSE), lambda _: ["p"]),
         (lambda *_: Decision(action=Action.CLOSE), lambda _: None),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from clarion.errors import InvalidInstanceError, PermanentError
+from clarion.errors import BusUnavailableError, InvalidInstanceError, PermanentError, StoreUnavailableError
 from clarion.events import GroupClosed, JobRequested, ResultRegistered
 from clarion.model import (
     Action,
@@ -25,6 +25,7 @@ from clarion.model import (
     derive_uid,
     is_uid,
 )
+from clarion.patience import Patience
 from gateway.outbound import backoff
 from gateway.statuses import NO_ANSWER, Outcome, classify
 from rules.by_tag import ByTag
@@ -258,3 +259,18 @@ def test_a_superseded_delivery_does_not_hold_a_study_back() -> None:
         line("result.verified.v1", "e", "Verified"),
     ]
     assert state_of(story) == "Verified"
+
+
+def test_patience_counts_what_was_unforeseen_apart_from_what_may_pass() -> None:
+    """Bites: count every failure, and one KeyError after four busy disks is a dead letter at once."""
+    patience = Patience(tries=3, patience_s=100)
+    for now in range(10):
+        assert patience.pause_after(StoreUnavailableError("busy", 7), now) == 7
+    assert patience.pause_after(KeyError("x"), 20) is not None
+    assert patience.pause_after(KeyError("x"), 21) is not None
+    assert patience.pause_after(KeyError("x"), 22) is None
+    patience.reset()
+    assert patience.pause_after(StoreUnavailableError("busy"), 200) is not None
+    assert patience.pause_after(StoreUnavailableError("busy"), 301) is None
+    assert patience.pause_after(BusUnavailableError("gone"), 9999) is not None, "no dead letter could be written"
+    assert patience.pause_after(PermanentError("no"), 0) is None
