@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from io import TextIOWrapper
     from pathlib import Path
 
-    from clarion.adapters.embedded import EmbeddedBus
     from clarion.adapters.wakeup import Wakeup
     from clarion.plugins import Executor
-    from clarion.ports import Clock
+    from clarion.ports import Clock, EventBus
     from clarion.service import Stage
     from console.checks import Checked
     from gateway.delivery import DeliveryStage
@@ -78,11 +77,23 @@ class App:
         make_folder(self.data)
         return Database(self.checked.config.database_url, on_commit=self.wakeup.ring)
 
-    def bus(self) -> EmbeddedBus:
-        """A bus for one stage's subscriptions."""
+    def bus(self) -> EventBus:
+        """A bus for one stage's subscriptions: handlers cannot tell which."""
         from clarion.adapters.embedded import EmbeddedBus  # noqa: PLC0415  each process imports only what it runs
 
-        return EmbeddedBus(self.database, self.clock)
+        if self.checked.config.bus.kind == "embedded":
+            return EmbeddedBus(self.database, self.clock)
+        from clarion.adapters.kafka import KafkaBus  # noqa: PLC0415  an extra
+        from console.topics import kafka_of  # noqa: PLC0415  as above
+
+        return KafkaBus(self.database, self.clock, kafka_of(self.checked.config))
+
+    def relay(self) -> Stage:
+        """The relay from the outbox to Kafka."""
+        from clarion.adapters.kafka import Relay  # noqa: PLC0415  an extra
+        from console.topics import kafka_of  # noqa: PLC0415  as above
+
+        return Relay(self.database, kafka_of(self.checked.config))
 
     def intake(self) -> IntakeStage:
         """Receiving: depends on the local disk alone."""
@@ -164,6 +175,7 @@ class App:
             "streams": self.streams,
             "orchestrator": self.orchestrator,
             "delivery": self.delivery,
+            "relay": self.relay,
             "console": self.console,
         }
         return makers[name]()

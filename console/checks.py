@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ def check_config(path: Path) -> Checked:
     _check_rules(config, located)
     _check_console(config, located)
     _check_database(config, located)
+    if config.bus.kind == "kafka" and importlib.util.find_spec("kafka") is None:
+        located.fault(("bus", "kind"), "kafka needs the extra: pip install 'clarion-gateway[kafka]'")
     _check_data(config, located)
     if located.faults:
         raise ConfigError([f"{place}: {what}" for place, what in located.faults])

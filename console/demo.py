@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,14 @@ from console.exits import DONE, FAILED, INTERRUPTED
 from console.sending import Sent, look_through, send_folder
 from console.studies import StudyView, read_study
 from console.supervisor import Supervisor
+from console.topics import kafka_of
 from streams.queries import ATTENTION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from clarion.testing.phantom import Phantom
+    from console.checks import Checked
 
 PACS_AE, OWN_AE, CALLED_AE, MODALITY_AE = "DEMOPACS", "CLARION", "CHEST", "DEMOCT"
 WANTED = ("SEG", "RTSTRUCT", "SR")
@@ -61,6 +64,7 @@ class Options:
     once: bool
     as_json: bool
     keep: Path | None
+    kafka: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +74,8 @@ class _Ports:
     pacs: int
 
 
-def _config(ports: _Ports, root: Path) -> Path:
-    described = {
+def _config(ports: _Ports, root: Path, kafka: str | None) -> Path:
+    described: dict[str, Any] = {
         "data": "data",
         "gateway": {
             "scp": {"port": ports.scp},
@@ -85,6 +89,10 @@ def _config(ports: _Ports, root: Path) -> Path:
         "pipelines": [{"id": "chest-ct", "file": "builtin:chest-ct", "destinations": ["demo-pacs"]}],
         "console": {"port": ports.console},
     }
+    if kafka is not None:
+        # Topics of its own, so that one demo does not see another's events.
+        topics = {"prefix": f"demo-{uuid.uuid4().hex[:8]}", "partitions": 3, "replication": 1, "min_insync_replicas": 1}
+        described["bus"] = {"kind": "kafka", "kafka": {"bootstrap": kafka, **topics}}
     path = root / "clarion.yaml"
     path.write_text(yaml.safe_dump(described, sort_keys=False))
     return path
@@ -112,7 +120,9 @@ class Demo:
 
     def _run(self, root: Path) -> tuple[int, dict[str, Any]]:
         ports = _Ports(scp=free_port(), console=free_port(), pacs=free_port())
-        checked = check_config(_config(ports, root))
+        checked = check_config(_config(ports, root, self._options.kafka))
+        if self._options.kafka is not None:
+            self._make_topics(checked)
         with ExitStack() as stack:
             if self._options.folder is not None:
                 # Before anything starts: a folder without DICOM is told at once.
@@ -141,6 +151,12 @@ class Demo:
             if not self._options.once:
                 self._stay(supervisor, page)
             return (DONE if summary["verified"] else FAILED), summary
+
+    def _make_topics(self, checked: Checked) -> None:
+        from clarion.adapters.kafka_topics import apply_topics  # noqa: PLC0415  an extra
+
+        made = apply_topics(kafka_of(checked.config))
+        self._screen.print(f"[bold]Kafka[/] {self._options.kafka}: {len(made)} topics made")
 
     def _generate(self, root: Path) -> Path:
         spec = PhantomSpec()

@@ -10,7 +10,7 @@ data: ./clarion-data                # objects, journal, database; a folder on a 
 database: {}                        # url: default is SQLite under `data`
 
 bus:
-  kind: embedded                    # the events table itself; Kafka comes with the extra `kafka`
+  kind: embedded                    # or kafka, with kafka.bootstrap; see docs/operations.md
 
 gateway:
   scp:

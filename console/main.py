@@ -28,7 +28,9 @@ study_cli = typer.Typer(help="Look at studies.", no_args_is_help=True)
 config_cli = typer.Typer(help="Check a configuration, or print an example.", no_args_is_help=True)
 delivery_cli = typer.Typer(help="Look at deliveries, and take up those that failed.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
+topics_cli = typer.Typer(help="Make and check the topics of a bus on Kafka.", no_args_is_help=True)
 cli.add_typer(delivery_cli, name="delivery")
+cli.add_typer(topics_cli, name="topics")
 cli.add_typer(config_cli, name="config")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.", envvar=None)]
@@ -92,12 +94,14 @@ def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
         from console.checks import check_config, notes_on  # noqa: PLC0415  quick --help
         from console.logs import configure  # noqa: PLC0415  quick --help
         from console.supervisor import Supervisor  # noqa: PLC0415  quick --help
+        from console.topics import require_topics  # noqa: PLC0415  quick --help
 
         checked = check_config(config)
         for note in notes_on(checked.config):
             typer.echo(f"clarion: note: {note}", err=True)
         typer.echo(f"clarion: starting on {checked.config.data} …", err=True)
         configure(checked.config.log, "supervisor")
+        require_topics(checked.config)
         supervisor = Supervisor(checked)
         supervisor.start()
         scp, page = checked.config.gateway.scp, checked.config.console
@@ -111,7 +115,7 @@ def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
 
 @cli.command()
 def serve(
-    stage: Annotated[str, typer.Argument(help="intake, grouping, streams, orchestrator, delivery or console.")],
+    stage: Annotated[str, typer.Argument(help="intake, grouping, streams, orchestrator, delivery, relay or console.")],
     config: ConfigFile = DEFAULT_CONFIG,
 ) -> None:
     """Run one stage, for deployments that start each on its own."""
@@ -119,10 +123,10 @@ def serve(
     def body() -> int:
         from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
         from console.serve import serve as run  # noqa: PLC0415  quick --help
-        from console.stages import STAGES  # noqa: PLC0415  quick --help
+        from console.stages import RELAY, STAGES  # noqa: PLC0415  quick --help
 
-        if stage not in STAGES:
-            raise ConfigError([f"no stage {stage!r}; there are: {', '.join(STAGES)}"])
+        if stage not in (*STAGES, RELAY):
+            raise ConfigError([f"no stage {stage!r}; there are: {', '.join((*STAGES, RELAY))}"])
         run(stage, config)
         return 0
 
@@ -140,6 +144,9 @@ def demo(
     keep: Annotated[
         Path | None, typer.Option("--keep", help="Keep data, log and PACS in this folder, which must be empty.")
     ] = None,
+    kafka: Annotated[
+        str | None, typer.Option("--kafka", metavar="HOST:PORT", help="Carry the events on this Kafka.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a chest CT through the whole system on this machine and show what comes back."""
@@ -150,7 +157,13 @@ def demo(
 
         if keep is not None and keep.exists() and any(keep.iterdir()):
             raise ConfigError([f"--keep {keep}: is not empty; name a new folder"])
-        options = Options(folder=folder, once=once or as_json, as_json=as_json, keep=keep.resolve() if keep else None)
+        options = Options(
+            folder=folder,
+            once=once or as_json,
+            as_json=as_json,
+            keep=keep.resolve() if keep else None,
+            kafka=kafka,
+        )
         try:
             status, summary = run_demo(options)
         except ClarionError as error:
@@ -328,6 +341,44 @@ def delivery_retry(
                     f"{one}: no delivery of this id that could be sent: it is on its way, verified or unknown", err=True
                 )
         return 1 if passed_over else 0
+
+    _run(body)
+
+
+@topics_cli.command("apply")
+def topics_apply(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """Make the topics that are missing, and mend those that are not as configured; partitions are only ever added."""
+
+    def body() -> int:
+        from clarion.adapters.kafka_topics import apply_topics  # noqa: PLC0415  quick --help
+        from console.checks import check_config  # noqa: PLC0415  quick --help
+        from console.topics import kafka_of  # noqa: PLC0415  quick --help
+
+        done = apply_topics(kafka_of(check_config(config).config))
+        if as_json:
+            _print_json({"done": done})
+        else:
+            typer.echo("\n".join(done) or "all topics are as configured")
+        return 0
+
+    _run(body)
+
+
+@topics_cli.command("check")
+def topics_check(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """Say which topics are missing or not as configured; status 1 when any is."""
+
+    def body() -> int:
+        from clarion.adapters.kafka_topics import check_topics  # noqa: PLC0415  quick --help
+        from console.checks import check_config  # noqa: PLC0415  quick --help
+        from console.topics import kafka_of  # noqa: PLC0415  quick --help
+
+        faults = check_topics(kafka_of(check_config(config).config))
+        if as_json:
+            _print_json({"ok": not faults, "faults": faults})
+        else:
+            typer.echo("\n".join(faults) or "all topics are as configured")
+        return 1 if faults else 0
 
     _run(body)
 

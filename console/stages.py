@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Any
 from clarion.service import read_heartbeats
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from clarion.config import Config
     from clarion.service import Heartbeat
 
 STAGES = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
+RELAY = "relay"
 # Records that wait in the journal for so long are not just on their way.
 _BEHIND = timedelta(seconds=60)
 
 
-def read_stages(data: Path) -> list[dict[str, Any]]:
+def stages_of(config: Config) -> tuple[str, ...]:
+    """Give the processes that a configuration needs: on Kafka a relay as well, drained after all that publish."""
+    return (*STAGES[:-1], RELAY, STAGES[-1]) if config.bus.kind == "kafka" else STAGES
+
+
+def read_stages(config: Config) -> list[dict[str, Any]]:
     """Read how every stage is: `running`, `troubled` (its last step failed), `behind` (records wait) or `down`."""
-    beats = {beat.stage: beat for beat in read_heartbeats(data / "run")}
-    return [_stage(name, beats.get(name)) for name in STAGES]
+    beats = {beat.stage: beat for beat in read_heartbeats(config.data / "run")}
+    return [_stage(name, beats.get(name)) for name in stages_of(config)]
 
 
 def _stage(name: str, beat: Heartbeat | None) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from clarion.adapters.deadletters import count_dead_letters, read_dead_letters
-from clarion.adapters.embedded import read_lag
+from clarion.adapters.embedded import ConsumerLag, read_lag
 from clarion.errors import BusUnavailableError
-from console.stages import read_stages
+from console.stages import RELAY, read_stages
 from gateway.queries import count_deliveries, count_open_groups, count_quarantine, list_blocked_groups
 from orchestrator.queries import count_jobs
 
@@ -25,7 +25,7 @@ _SHOWN = 10
 
 def read_state(app: App) -> dict[str, Any]:
     """Read the state of the whole; it is not ok while a stage is down, in trouble or behind."""
-    stages = read_stages(app.data)
+    stages = read_stages(app.checked.config)
     state: dict[str, Any] = {
         "ok": all(one["state"] == "running" for one in stages),
         "stages": stages,
@@ -33,7 +33,7 @@ def read_state(app: App) -> dict[str, Any]:
     }
     try:
         state |= {
-            "consumers": [asdict(one) for one in read_lag(app.database)],
+            "consumers": [asdict(one) for one in _lag(app)],
             "dead_letters": count_dead_letters(app.database),
             "latest_dead_letters": [asdict(one) for one in read_dead_letters(app.database, _SHOWN)],
             "open_groups": count_open_groups(app.database),
@@ -43,8 +43,20 @@ def read_state(app: App) -> dict[str, Any]:
             "deliveries": count_deliveries(app.database),
         }
     except BusUnavailableError as error:
-        state |= {"database": str(error), "ok": False}
+        state |= {"database": str(error), "ok": False}  # or the broker: the text says which
     return state
+
+
+def _lag(app: App) -> list[ConsumerLag]:
+    """Tell how far every reader of events is behind; on Kafka the relay by the outbox, the others by the topics."""
+    kafka = app.checked.config.bus.kafka
+    if app.checked.config.bus.kind == "embedded" or kafka is None:
+        return read_lag(app.database)
+    from clarion.adapters.kafka_topics import read_lag as read_kafka_lag  # noqa: PLC0415  an extra
+
+    groups = read_kafka_lag(kafka).items()
+    lags = [ConsumerLag(consumer=group.removeprefix(f"{kafka.prefix}."), behind=behind) for group, behind in groups]
+    return [*(one for one in read_lag(app.database) if one.consumer == RELAY), *lags]
 
 
 def show_state(state: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from clarion.service import read_heartbeats
 from console.app import lock
 from console.schema import create_tables
 from console.serve import DRAIN_S, SUPERVISED_BY
-from console.stages import STAGES
+from console.stages import stages_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +57,7 @@ class Supervisor:
         self._config = checked.path
         self._log_file = log_file
         self._data: Path = checked.config.data
+        self._stages = stages_of(checked.config)
         self._url = checked.config.database_url
         self._lock = lock(self._data, "clarion")
         self._stop = threading.Event()
@@ -71,7 +72,7 @@ class Supervisor:
         database = Database(self._url)
         create_tables(database)
         database.close()
-        for stage in STAGES:
+        for stage in self._stages:
             self._children[stage] = _Child(stage, self._spawn(stage), time.monotonic())
         end = time.monotonic() + READY_S
         while not self.ready(begun):
@@ -86,7 +87,7 @@ class Supervisor:
     def ready(self, since: float) -> bool:
         """Tell whether every stage has said since then that it runs."""
         beats = {beat.stage: beat for beat in read_heartbeats(self._data / "run")}
-        return all(stage in beats and beats[stage].alive and beats[stage].beat >= since for stage in STAGES)
+        return all(stage in beats and beats[stage].alive and beats[stage].beat >= since for stage in self._stages)
 
     def watch(self) -> None:
         """Start again what ends, until a signal comes."""
@@ -110,7 +111,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Drain the stages in order."""
-        for stage in STAGES:
+        for stage in self._stages:
             child = self._children.get(stage)
             if child is None or child.process.poll() is not None:
                 continue

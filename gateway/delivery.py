@@ -16,6 +16,7 @@ import structlog
 
 from clarion.crashpoints import effect
 from clarion.errors import (
+    BusUnavailableError,
     ClarionError,
     PeerRefusedError,
     PeerUnavailableError,
@@ -67,7 +68,16 @@ class DeliveryStage:
 
     def step(self) -> bool:
         """Take requests, start a thread for each destination that has something due."""
-        moved = self._bus.step()
+        try:
+            moved = self._bus.step()
+        except BusUnavailableError:
+            # What is due is sent while no request can come.
+            self._start_due()
+            raise
+        self._start_due()
+        return moved
+
+    def _start_due(self) -> None:
         self._busy = {name: thread for name, thread in self._busy.items() if thread.is_alive()}
         waiting: dict[str, list[Delivery]] = {}
         for delivery in self._outbound.due(self._clock.now()):
@@ -77,7 +87,6 @@ class DeliveryStage:
                 thread = threading.Thread(target=self._work, args=(deliveries,), name=f"delivery-{name}", daemon=True)
                 self._busy[name] = thread
                 thread.start()
-        return moved
 
     def facts(self) -> dict[str, object]:
         """Say which destinations are being served."""

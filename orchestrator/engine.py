@@ -14,6 +14,7 @@ import structlog
 
 from clarion.adapters.files import make_folder
 from clarion.errors import (
+    BusUnavailableError,
     ClarionError,
     PermanentError,
     ResourceBusyError,
@@ -71,8 +72,16 @@ class Engine:
 
     def step(self) -> bool:
         """Take requests, start a job if there is room, move every running one on."""
-        moved = self._bus.step()
-        moved |= self._start_next()
+        try:
+            moved = self._bus.step()
+        except BusUnavailableError:
+            # What runs goes on while no request can come.
+            self._move()
+            raise
+        return self._move() or moved
+
+    def _move(self) -> bool:
+        moved = self._start_next()
         for attempt in list(self._active.values()):
             moved |= self._advance_alone(attempt)
         if not moved and self._active:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from clarion import events
 from clarion.crashpoints import effect
+from clarion.errors import TransientError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from clarion.events import Event
 
 SCHEMA_VERSION = 1
+_WAIT_S = 1.0
 
 metadata = sa.MetaData()
 timeline = sa.Table(
@@ -150,6 +152,9 @@ class Timeline:
             return ()
         with effect("timeline.commit"), self._database.transaction() as connection:
             studies = line.studies or _linked(connection, line.parent or event.subject)
+            if not studies:
+                # On Kafka a delivery may be read before its job: topics have no order among themselves.
+                raise TransientError(f"{event.kind}: nothing is known yet of what it belongs to", _WAIT_S)
             for study_uid in studies:
                 connection.execute(
                     links.insert().prefix_with("OR IGNORE", dialect="sqlite"),

@@ -42,6 +42,7 @@ _ACKNOWLEDGE_S = 10.0
 # An outage shorter than this costs no record its place: the producer keeps them all, in order.
 _DELIVERY_MS = 24 * 3600 * 1000
 _RECONNECT_MS = 1000
+_BOOTSTRAP_MS = 5000
 
 
 def client_settings(config: KafkaConfig) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def client_settings(config: KafkaConfig) -> dict[str, Any]:
         "bootstrap_servers": list(config.bootstrap),
         "security_protocol": security.protocol,
         "reconnect_backoff_max_ms": _RECONNECT_MS,
+        "bootstrap_timeout_ms": _BOOTSTRAP_MS,
     }
     if security.ca_file is not None:
         settings["ssl_cafile"] = str(security.ca_file)
@@ -232,8 +234,15 @@ class KafkaBus:
 
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
-        moved = [self._advance(one) for one in self._subscriptions]
-        return any(moved)
+        moved, trouble = False, None
+        for one in self._subscriptions:
+            try:
+                moved |= self._advance(one)
+            except BusUnavailableError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
+        return moved
 
     def close(self) -> None:
         """Leave the consumer groups."""

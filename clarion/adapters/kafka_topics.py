@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from clarion.config import KafkaConfig
 
-_WAIT_MS = 10_000
-
 
 def _wanted(config: KafkaConfig) -> dict[str, str]:
     return {
@@ -35,9 +33,7 @@ def _wanted(config: KafkaConfig) -> dict[str, str]:
 
 
 def _admin(config: KafkaConfig) -> KafkaAdminClient:
-    return KafkaAdminClient(
-        **client_settings(config), client_id=f"{config.prefix}-topics", bootstrap_timeout_ms=_WAIT_MS
-    )
+    return KafkaAdminClient(**client_settings(config), client_id=f"{config.prefix}-topics")
 
 
 def check_topics(config: KafkaConfig) -> list[str]:

@@ -155,7 +155,7 @@ class Pages:
 
     def health(self) -> JSONResponse:
         """Which stages run."""
-        stages = read_stages(self._config.data)
+        stages = read_stages(self._config)
         services = {one["stage"]: "Running" if one["alive"] else "Stopped" for one in stages}
         troubles = {one["stage"]: one["trouble"] for one in stages if one["trouble"]}
         return JSONResponse({"services": services, "troubles": troubles})
@@ -165,7 +165,7 @@ class Pages:
     def _overview(self) -> dict[str, Any]:
         rows = read_studies(self._database, 100)
         totals = {state: sum(one.state == state for one in rows) for state in ("Verified", "Failed", "Quarantined")}
-        return {"rows": rows, "progress": PROGRESS, "stages": read_stages(self._config.data), "totals": totals}
+        return {"rows": rows, "progress": PROGRESS, "stages": read_stages(self._config), "totals": totals}
 
     def _one(self, uid: str) -> dict[str, Any]:
         return {"view": self._view(uid), "progress": PROGRESS, "secondary_capture": _SECONDARY_CAPTURE}

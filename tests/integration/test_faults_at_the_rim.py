@@ -110,7 +110,7 @@ def test_receiving_goes_on_while_the_database_is_locked(tmp_path: Path) -> None:
         assert len(sent) == len(series)
         # Twenty seconds is what the database is waited for; then grouping says that it is in trouble.
         system.wait_for(
-            lambda: any(one["state"] == "troubled" for one in read_stages(system.checked.config.data)),
+            lambda: any(one["state"] == "troubled" for one in read_stages(system.checked.config)),
             "trouble is said",
         )
         told = clarion("status", "--json", "-c", str(config), cwd=tmp_path)

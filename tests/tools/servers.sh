@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the servers that the tests talk to, from the system's packages, where root may. Otherwise name them.
 set -euo pipefail
-declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace)
+declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace [/usr/bin/java]=default-jre-headless [/usr/bin/mvn]=maven)
 missing=()
 for program in "${!wanted[@]}"; do [ -x "$program" ] || missing+=("${wanted[$program]}"); done
 [ ${#missing[@]} -gt 0 ] || exit 0
