@@ -87,14 +87,12 @@ def _check_data(config: Config, located: Located) -> None:
 
 
 def notes_on(config: Config) -> list[str]:
-    """Say what is allowed and is hardly meant: nothing can be received, nothing is delivered."""
+    """Say what is allowed and is hardly meant: that nothing can be received."""
     gateway, notes = config.gateway, []
     if not gateway.ae_titles:
         notes.append("gateway.ae_titles is empty: every association is rejected (called-ae)")
     if not gateway.sources and gateway.scp.reject_unknown_sources:
         notes.append("gateway.sources is empty: nobody may send (calling-ae)")
-    notes += [f"pipeline {one.id!r} has no destinations: its results stay here" for one in config.pipelines
-              if not one.destinations]  # fmt: skip
     return notes
 
 

@@ -236,7 +236,7 @@ BROKEN = [
     ("gateway: {scp: {port: 70000}}", "gateway.scp.port"),
     ("gateway: {ae_titles: [{ae_title: A, rule: by-tagg}]}", "no rule named 'by-tagg'"),
     ("gateway: {ae_titles: [{ae_title: A, settings: {groupby: x, pipeline-x: y}}]}", "did you mean 'groupBy'"),
-    ("data: ''", "data"),
+    ("data:", "must be the path of a folder"),
     ("data: /etc/passwd/x", "is a file"),
     ("gateway: {ae_titles: [{ae_title: A, settings: {pipeline-x: nope}}]}", "no pipeline 'nope'"),
     ("gateway: {ae_titles: [{ae_title: A, settings: {}}]}", "pipeline-NAME"),
