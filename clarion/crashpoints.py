@@ -31,6 +31,8 @@ EFFECTS = (
     "bus.publish",
     "bus.position",
     "bus.deadletter",
+    "deadletters.mark",
+    "deadletters.settle",
     "match.definition",
     "timeline.commit",
     "ledger.request",

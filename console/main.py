@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import enum
-import json
-import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path  # noqa: TC003  typer reads the annotations at run time
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from console.app import App
+from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, reader, run
+from console.delivery_cli import delivery_cli
+from console.letters_cli import letters_cli
+from console.topics_cli import topics_cli
 
 cli = typer.Typer(
     name="clarion",
@@ -26,64 +23,11 @@ cli = typer.Typer(
 )
 study_cli = typer.Typer(help="Look at studies.", no_args_is_help=True)
 config_cli = typer.Typer(help="Check a configuration, or print an example.", no_args_is_help=True)
-delivery_cli = typer.Typer(help="Look at deliveries, and take up those that failed.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
-topics_cli = typer.Typer(help="Make and check the topics of a bus on Kafka.", no_args_is_help=True)
+cli.add_typer(letters_cli, name="deadletters")
 cli.add_typer(delivery_cli, name="delivery")
 cli.add_typer(topics_cli, name="topics")
 cli.add_typer(config_cli, name="config")
-
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.", envvar=None)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-DEFAULT_CONFIG = Path("clarion.yaml")
-
-
-class DeliveryState(enum.StrEnum):
-    """States of a delivery, as `gateway.outbound` has them."""
-
-    WAITING = "waiting"
-    SENT = "sent"
-    VERIFIED = "verified"
-    UNVERIFIED = "unverified"
-    FAILED = "failed"
-    SUPERSEDED = "superseded"
-
-
-def _run(command: Callable[[], int]) -> None:
-    """Run a command's body; errors of ours become a line on standard error and an exit status."""
-    from clarion.errors import ClarionError  # noqa: PLC0415  quick --help
-    from console.exits import INTERRUPTED, status_of  # noqa: PLC0415  quick --help
-
-    # Whatever is written is the owner's alone, also below a folder that others may enter.
-    os.umask(0o077)
-    try:
-        status = command()
-    except ClarionError as error:
-        typer.echo(f"clarion: {error}", err=True)
-        status = status_of(error)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-    raise typer.Exit(status)
-
-
-def _print_json(value: Any) -> None:  # noqa: ANN401  anything JSON can hold
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _reader(config: Path) -> App:
-    """Make what a reading command needs. Raises ConfigError when there is no data folder yet."""
-    from clarion.adapters.clock import SystemClock  # noqa: PLC0415  quick --help
-    from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
-    from clarion.service import open_wakeup  # noqa: PLC0415  quick --help
-    from console.app import App  # noqa: PLC0415  quick --help
-    from console.checks import check_config  # noqa: PLC0415  quick --help
-
-    checked = check_config(config)
-    if not (checked.config.data / "run").is_dir():
-        raise ConfigError(
-            [f"data: nothing has run on {checked.config.data} yet; start it with `clarion up -c {config}`"]
-        )
-    return App(checked=checked, wakeup=open_wakeup(checked.config.data, "reader"), clock=SystemClock())
 
 
 @cli.command()
@@ -110,7 +54,7 @@ def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
         supervisor.stop()
         return 0
 
-    _run(body)
+    run(body)
 
 
 @cli.command()
@@ -130,7 +74,7 @@ def serve(
         run(stage, config)
         return 0
 
-    _run(body)
+    run(body)
 
 
 @cli.command()
@@ -168,13 +112,13 @@ def demo(
             status, summary = run_demo(options)
         except ClarionError as error:
             if as_json:
-                _print_json({"verified": False, "error": str(error)})
+                print_json({"verified": False, "error": str(error)})
             raise
         if as_json:
-            _print_json(summary)
+            print_json(summary)
         return status
 
-    _run(body)
+    run(body)
 
 
 @cli.command()
@@ -184,15 +128,15 @@ def status(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None
     def body() -> int:
         from console.state import read_state, show_state  # noqa: PLC0415  quick --help
 
-        app = _reader(config)
+        app = reader(config)
         state = read_state(app)
         if as_json:
-            _print_json(state)
+            print_json(state)
         else:
             show_state(state)
         return 0 if state["ok"] else 3
 
-    _run(body)
+    run(body)
 
 
 @cli.command()
@@ -206,7 +150,7 @@ def doctor(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None
 
         checks = diagnose(config)
         if as_json:
-            _print_json([asdict(one) for one in checks])
+            print_json([asdict(one) for one in checks])
         else:
             for one in checks:
                 typer.echo(f"{'ok  ' if one.good else 'FAIL'} {one.name}: {one.found}")
@@ -214,7 +158,7 @@ def doctor(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None
                     typer.echo(f"     → {one.remedy}")
         return 0 if all(one.good for one in checks) else 1
 
-    _run(body)
+    run(body)
 
 
 @study_cli.command("list")
@@ -230,9 +174,9 @@ def study_list(
 
         from console.studies import read_studies  # noqa: PLC0415  quick --help
 
-        rows = read_studies(_reader(config).database, limit)
+        rows = read_studies(reader(config).database, limit)
         if as_json:
-            _print_json([{"state": one.state, "last": one.last, **asdict(one.counts)} for one in rows])
+            print_json([{"state": one.state, "last": one.last, **asdict(one.counts)} for one in rows])
             return 0
         for one in rows:
             counts = one.counts
@@ -244,7 +188,7 @@ def study_list(
             typer.echo("no studies yet", err=True)
         return 0
 
-    _run(body)
+    run(body)
 
 
 @study_cli.command("show")
@@ -262,125 +206,17 @@ def study_show(
         from console.state import show_study  # noqa: PLC0415  quick --help
         from console.studies import read_study  # noqa: PLC0415  quick --help
 
-        app = _reader(config)
+        app = reader(config)
         view = read_study(app.database, app.store, study_uid)
         if view is None:
             raise PermanentError(f"no study {study_uid}; `clarion study list` shows those there are")
         if as_json:
-            _print_json(asdict(view))
+            print_json(asdict(view))
         else:
             show_study(view)
         return 0
 
-    _run(body)
-
-
-@delivery_cli.command("list")
-def delivery_list(
-    config: ConfigFile = DEFAULT_CONFIG,
-    state: Annotated[list[DeliveryState] | None, typer.Option(help="Only deliveries in this state.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10000)] = 50,
-    as_json: AsJson = False,
-) -> None:
-    """List deliveries, the latest first, with why they stand where they do."""
-
-    def body() -> int:
-        from dataclasses import asdict  # noqa: PLC0415  quick --help
-
-        from gateway.queries import list_deliveries  # noqa: PLC0415  quick --help
-
-        rows = list_deliveries(_reader(config).database, states=state or (), limit=limit)
-        if as_json:
-            _print_json([asdict(one) for one in rows])
-            return 0
-        for one in rows:
-            counted = f"{one.answered}/{one.instances}"
-            again = f"again at {one.due[:19]}; " if one.due else ""
-            typer.echo(f"{one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  {again}{one.reason}")
-        if not rows:
-            typer.echo("no deliveries", err=True)
-        return 0
-
-    _run(body)
-
-
-@delivery_cli.command("retry")
-def delivery_retry(
-    delivery_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids, as `clarion delivery list` shows them.")
-    ] = None,
-    config: ConfigFile = DEFAULT_CONFIG,
-    failed: Annotated[bool, typer.Option("--failed", help="Take up every delivery that failed.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be taken up.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Send now, with a new budget, what waits, failed, stayed unverified or was superseded.
-
-    What was stored of a failed one is not sent again; an unverified one, of which nothing can be proved, is sent whole.
-    """
-
-    def body() -> int:
-        from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
-        from gateway.outbound import RETRYABLE, Outbound  # noqa: PLC0415  quick --help
-        from gateway.queries import list_deliveries  # noqa: PLC0415  quick --help
-
-        if bool(delivery_ids) == failed:
-            raise ConfigError(["name deliveries by id, or say --failed for all that failed"])
-        app = _reader(config)
-        states = ("failed",) if failed else RETRYABLE
-        there = [one.delivery_id for one in list_deliveries(app.database, states=states, limit=100_000)]
-        wanted = there if failed else [one for one in delivery_ids or () if one in there]
-        taken = wanted if dry_run else Outbound(app.database).retry(wanted, app.clock.now())
-        passed_over = sorted(set(delivery_ids or ()) - set(taken))
-        if as_json:
-            _print_json({"dry_run": dry_run, "taken_up": taken, "passed_over": passed_over})
-        else:
-            typer.echo(f"{len(taken)} deliveries {'would be' if dry_run else ''} taken up".replace("  ", " "))
-            for one in passed_over:
-                typer.echo(
-                    f"{one}: no delivery of this id that could be sent: it is on its way, verified or unknown", err=True
-                )
-        return 1 if passed_over else 0
-
-    _run(body)
-
-
-@topics_cli.command("apply")
-def topics_apply(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
-    """Make the topics that are missing, and mend those that are not as configured; partitions are only ever added."""
-
-    def body() -> int:
-        from clarion.adapters.kafka_topics import apply_topics  # noqa: PLC0415  quick --help
-        from console.checks import check_config  # noqa: PLC0415  quick --help
-        from console.topics import kafka_of  # noqa: PLC0415  quick --help
-
-        done = apply_topics(kafka_of(check_config(config).config))
-        if as_json:
-            _print_json({"done": done})
-        else:
-            typer.echo("\n".join(done) or "all topics are as configured")
-        return 0
-
-    _run(body)
-
-
-@topics_cli.command("check")
-def topics_check(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
-    """Say which topics are missing or not as configured; status 1 when any is."""
-
-    def body() -> int:
-        from clarion.adapters.kafka_topics import check_topics  # noqa: PLC0415  quick --help
-        from console.checks import check_config  # noqa: PLC0415  quick --help
-        from console.topics import kafka_of  # noqa: PLC0415  quick --help
-
-        faults = check_topics(kafka_of(check_config(config).config))
-        if as_json:
-            _print_json({"ok": not faults, "faults": faults})
-        else:
-            typer.echo("\n".join(faults) or "all topics are as configured")
-        return 1 if faults else 0
-
-    _run(body)
+    run(body)
 
 
 @config_cli.command("check")
@@ -400,18 +236,18 @@ def config_check(
             notes = notes_on(check_config(path).config)
         except ConfigError as error:
             if as_json:
-                _print_json({"ok": False, "faults": error.faults, "notes": []})
+                print_json({"ok": False, "faults": error.faults, "notes": []})
                 return 2
             raise
         if as_json:
-            _print_json({"ok": True, "faults": [], "notes": notes})
+            print_json({"ok": True, "faults": [], "notes": notes})
             return 0
         for note in notes:
             typer.echo(f"note: {note}", err=True)
         typer.echo(f"{path}: good")
         return 0
 
-    _run(body)
+    run(body)
 
 
 @config_cli.command("example")
@@ -422,7 +258,7 @@ def config_example(as_json: AsJson = False) -> None:
     if as_json:
         import yaml  # noqa: PLC0415  quick --help
 
-        _print_json(yaml.safe_load(EXAMPLE))
+        print_json(yaml.safe_load(EXAMPLE))
     else:
         typer.echo(EXAMPLE, nl=False)
 
@@ -434,7 +270,7 @@ def version(as_json: AsJson = False) -> None:
 
     found = importlib.metadata.version("clarion-gateway")
     if as_json:
-        _print_json({"version": found, "python": sys.version.split()[0]})
+        print_json({"version": found, "python": sys.version.split()[0]})
     else:
         typer.echo(f"clarion {found}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,17 +10,25 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 import structlog
 
-from clarion.adapters.outbox import dead_letters
+from clarion.adapters.outbox import dead_letters, find_record
+from clarion.codec import decode
 from clarion.crashpoints import effect
+from clarion.errors import BusUnavailableError, describe
+from clarion.model import derive
 from clarion.patience import reason_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
     from datetime import datetime
 
     from clarion.adapters.database import Database
     from clarion.codec import Record
+    from clarion.events import Event
+    from clarion.plugins import StreamHandler
 
 log = structlog.get_logger()
+
+_BATCH = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +40,38 @@ class Place:
     position: int
 
 
+class State(enum.StrEnum):
+    """What became of a dead letter."""
+
+    OPEN = "open"
+    """Nobody has looked at it yet, or a redrive failed."""
+    REDRIVE = "redrive"
+    """A person asked that its consumer see it again."""
+    REDRIVEN = "redriven"
+    """Its consumer has handled it."""
+    DISCARDED = "discarded"
+    """A person said that it does not matter."""
+    QUARANTINED = "quarantined"
+    """It failed so often that only a person may ask again, one by one."""
+
+
+PENDING = (State.OPEN, State.REDRIVE, State.QUARANTINED)
+"""States in which a letter still asks for attention."""
+MOST_REDRIVES = 3
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """An event that a consumer gave up, and why; where it lies, and the digest of its body."""
+    """An event that a consumer gave up, and why; where it lies, the digest of its body, what became of it."""
 
+    letter_id: str
+    state: str
+    redrives: int
     consumer: str
     origin: str
     partition: int
     position: int
+    event_id: str
     digest: str
     kind: str
     subject: str
@@ -67,34 +100,78 @@ def bury(
         "reason": reason_of(error),
         "tries": tries,
         "time": now.isoformat(),
+        "letter_id": derive("deadletter", consumer, place.origin, place.partition, place.position),
+        "state": State.OPEN,
+        "redrives": 0,
     }
     with effect("bus.deadletter"), database.transaction() as connection:
-        connection.execute(dead_letters.insert().prefix_with("OR REPLACE", dialect="sqlite"), letter)
+        connection.execute(dead_letters.insert().prefix_with("OR IGNORE", dialect="sqlite"), letter)
 
 
 def count_dead_letters(database: Database) -> int:
-    """Count the dead letters."""
+    """Count the dead letters that still ask for attention."""
+    query = sa.select(sa.func.count()).where(dead_letters.c.state.in_(PENDING))
     with database.reading() as connection:
-        return int(connection.execute(sa.select(sa.func.count()).select_from(dead_letters)).scalar_one())
+        return int(connection.execute(query).scalar_one())
 
 
-def read_dead_letters(database: Database, limit: int = 500) -> list[DeadLetter]:
-    """List the dead letters, newest first."""
+def read_dead_letters(
+    database: Database, limit: int = 500, *, states: Iterable[str] = PENDING, consumers: Iterable[str] | None = None
+) -> list[DeadLetter]:
+    """List dead letters in some states, the newest first; of some consumers, or of all."""
+    query = sa.select(dead_letters).where(dead_letters.c.state.in_(list(states)))
+    if consumers is not None:
+        query = query.where(dead_letters.c.consumer.in_(list(consumers)))
+    query = query.order_by(dead_letters.c.time.desc(), dead_letters.c.letter_id).limit(limit)
     with database.reading() as connection:
-        rows = connection.execute(sa.select(dead_letters).order_by(dead_letters.c.time.desc()).limit(limit)).all()
-    return [
-        DeadLetter(
-            consumer=row.consumer,
-            origin=row.origin,
-            partition=row.partition,
-            position=row.position,
-            digest=row.digest,
-            kind=row.kind,
-            subject=row.subject,
-            error=row.error,
-            reason=row.reason,
-            tries=row.tries,
-            time=row.time,
-        )
-        for row in rows
-    ]
+        return [DeadLetter(**row) for row in connection.execute(query).mappings()]
+
+
+def mark(database: Database, letter_ids: Iterable[str], state: State) -> list[str]:
+    """Put letters that still ask for attention into a state; gives those it changed. One path for one and for many."""
+    here = sa.and_(dead_letters.c.letter_id.in_(sorted(letter_ids)), dead_letters.c.state.in_(PENDING))
+    with effect("deadletters.mark"), database.transaction() as connection:
+        found = list(connection.execute(sa.select(dead_letters.c.letter_id).where(here)).scalars())
+        connection.execute(dead_letters.update().where(here).values(state=state))
+    return found
+
+
+def redrive(
+    database: Database, handlers: Mapping[str, StreamHandler], publish: Callable[[Iterable[Event]], None]
+) -> bool:
+    """Let the consumers of one process see again what a person asked for; tell whether there was any.
+
+    A letter whose event fails again is open again with the new reason; after MOST_REDRIVES it is in quarantine. What
+    its handler gave is durable before the letter counts as redriven, so a crash repeats and never skips.
+    """
+    asked = read_dead_letters(database, _BATCH, states=(State.REDRIVE,), consumers=handlers)
+    for letter in reversed(asked):
+        reason = _try_again(database, letter, handlers[letter.consumer], publish)
+        failed = State.QUARANTINED if letter.redrives + 1 >= MOST_REDRIVES else State.OPEN
+        state = State.REDRIVEN if reason is None else failed
+        _settle(database, letter, state, reason or letter.reason)
+    return bool(asked)
+
+
+def _try_again(
+    database: Database, letter: DeadLetter, handler: StreamHandler, publish: Callable[[Iterable[Event]], None]
+) -> str | None:
+    """Hand a letter's event to its handler; gives why that failed, None when it did not."""
+    record = find_record(database, letter.event_id)
+    if record is None:
+        return "the record was not published by Clarion; it lies where the letter says and cannot be handled"
+    try:
+        publish(handler.handle(decode(record)))
+    except BusUnavailableError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever it raises is the letter's new reason
+        log.warning("deadletter.failedagain", consumer=letter.consumer, kind=letter.kind, error=describe(error))
+        return reason_of(error)
+    return None
+
+
+def _settle(database: Database, letter: DeadLetter, state: State, reason: str) -> None:
+    values = {"state": state, "redrives": letter.redrives + 1, "reason": reason}
+    with effect("deadletters.settle"), database.transaction() as connection:
+        connection.execute(dead_letters.update().where(dead_letters.c.letter_id == letter.letter_id).values(**values))
+    log.info("deadletter.settled", consumer=letter.consumer, kind=letter.kind, state=str(state))

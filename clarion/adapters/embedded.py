@@ -9,7 +9,7 @@ import sqlalchemy as sa
 import structlog
 
 from clarion.adapters import outbox
-from clarion.adapters.deadletters import Place, bury
+from clarion.adapters.deadletters import Place, bury, redrive
 from clarion.adapters.outbox import events_table, record_of
 from clarion.codec import decode
 from clarion.errors import describe
@@ -68,7 +68,8 @@ class EmbeddedBus:
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
         moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
-        return any(moved)
+        handlers = {name: one.handler for name, one in self._subscriptions.items()}
+        return redrive(self._database, handlers, self.publish) or any(moved)
 
     def _advance(self, consumer: str, subscription: _Subscription) -> bool:
         if self._clock.monotonic() < subscription.paused_until:

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
 from clarion.adapters import outbox
-from clarion.adapters.deadletters import Place, bury
+from clarion.adapters.deadletters import Place, bury, redrive
 from clarion.adapters.topics import topic_of, topics_of
 from clarion.codec import Record, decode, is_known
 from clarion.errors import BusUnavailableError, describe
@@ -240,6 +240,7 @@ class KafkaBus:
                 moved |= self._advance(one)
             except BusUnavailableError as error:
                 trouble = error
+        moved |= redrive(self._database, {one.consumer: one.handler for one in self._subscriptions}, self.publish)
         if trouble is not None:
             raise trouble
         return moved

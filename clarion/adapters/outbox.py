@@ -55,6 +55,9 @@ dead_letters = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("tries", sa.Integer, nullable=False),
     sa.Column("time", sa.Text, nullable=False),
+    sa.Column("letter_id", sa.Text, nullable=False, unique=True),
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("redrives", sa.Integer, nullable=False),
 )
 
 
@@ -102,6 +105,14 @@ def keep_position(database: Database, consumer: str, position: int) -> None:
 def record_of(row: sa.Row[tuple[object, ...]]) -> Record:
     """Give the record that a row of the table holds."""
     return Record(key=str(row.subject), headers=json.loads(str(row.headers)), body=row.body)
+
+
+def find_record(database: Database, event_id: str) -> Record | None:
+    """Give the record of an event that a stage published; None for what somebody else wrote to a topic."""
+    query = sa.select(events_table).where(events_table.c.event_id == event_id)
+    with database.reading() as connection:
+        row = connection.execute(query).one_or_none()
+    return None if row is None else record_of(row)
 
 
 def read_after(

@@ -12,13 +12,13 @@ from support.kafka import Broker
 from support.world import pause
 
 from clarion.adapters.database import Database
-from clarion.adapters.deadletters import read_dead_letters
+from clarion.adapters.deadletters import State, mark, read_dead_letters
 from clarion.adapters.kafka import KafkaBus, Relay
 from clarion.adapters.kafka_topics import apply_topics, check_topics, read_lag
 from clarion.adapters.memory import ManualClock
 from clarion.adapters.topics import topic_of
 from clarion.config import KafkaConfig
-from clarion.errors import BusUnavailableError, TransientError
+from clarion.errors import BusUnavailableError, PermanentError, TransientError
 from clarion.events import ALL, JobStarted
 from clarion.ports import Clock
 from clarion.testing.suites import MOMENT, EventBusSuite, MakeBus, Recorder, started
@@ -164,6 +164,26 @@ def test_a_poison_record_is_set_aside_with_its_place_and_the_partition_goes_on(
     assert (letter.consumer, letter.origin, letter.partition, letter.position) == ("suite", topic, 0, 0)
     assert letter.error == "InvalidEventError"
     assert len(letter.digest) == 64
+
+
+def test_what_somebody_else_wrote_cannot_be_redriven_and_says_so(
+    make_bus: Callable[[Clock], RelayedBus], config: KafkaConfig, kafka: Broker, tmp_path: Path
+) -> None:
+    producer = KafkaProducer(bootstrap_servers=kafka.address)
+    producer.send(topic_of("job.started.v1", config.prefix), key=b"a", value=b"{}", partition=0).get(timeout=10)
+    producer.close()
+    bus, broken = make_bus(ManualClock(MOMENT)), [True]
+    recorder = Recorder(trouble=lambda _: PermanentError("a broken model") if broken[0] else None)
+    bus.subscribe("suite", [JobStarted], recorder)
+    bus.publish([started("b", 1)])
+    settle(bus)
+    database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+    broken[0] = False
+    assert len(mark(database, [one.letter_id for one in read_dead_letters(database)], State.REDRIVE)) == 2
+    settle(bus)
+    assert [event.subject for event in recorder.seen] == ["b"]
+    (letter,) = read_dead_letters(database)
+    assert "was not published by Clarion" in letter.reason
 
 
 def test_order_per_key_through_the_relay(config: KafkaConfig, make_bus: Callable[[Clock], RelayedBus]) -> None:

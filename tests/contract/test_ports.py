@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clarion.adapters.database import Database
-from clarion.adapters.deadletters import read_dead_letters
+from clarion.adapters.deadletters import State, count_dead_letters, mark, read_dead_letters
 from clarion.adapters.embedded import EmbeddedBus, read_lag
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock, MemoryBus, MemoryStore
@@ -54,6 +54,45 @@ class TestEmbeddedBus(EventBusSuite):
         letters = read_dead_letters(database)
         assert [(one.consumer, one.error, one.reason) for one in letters] == [("suite", "PermanentError", "the reason")]
         assert [(one.consumer, one.behind) for one in read_lag(database)] == [("suite", 0)]
+
+    def test_a_dead_letter_is_redriven_once_its_cause_is_mended(self, make_bus: MakeBus, tmp_path: Path) -> None:
+        """One path for one and for many; what a handler gives is published; what is settled is not handled again."""
+        broken = True
+        recorder = Recorder(trouble=lambda _: PermanentError("a broken model") if broken else None)
+        bus = make_bus(ManualClock(MOMENT))
+        bus.subscribe("suite", [JobStarted], recorder)
+        bus.publish([started("a", number) for number in range(1, 6)])
+        drain(bus)
+        database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+        letters = read_dead_letters(database)
+        assert len(letters) == count_dead_letters(database) == 5
+        broken = False
+        assert len(mark(database, [one.letter_id for one in letters[:4]], State.REDRIVE)) == 4
+        drain(bus)
+        assert len(recorder.seen) == 4
+        assert mark(database, [letters[4].letter_id], State.DISCARDED) == [letters[4].letter_id]
+        assert count_dead_letters(database) == 0
+        drain(bus)
+        assert len(recorder.seen) == 4
+        assert {one.state for one in read_dead_letters(database, states=list(State))} == {"redriven", "discarded"}
+
+    def test_a_letter_that_fails_again_and_again_is_quarantined(self, make_bus: MakeBus, tmp_path: Path) -> None:
+        """F33: the loop guard at three; the new reason is kept each time."""
+        reasons = iter(("first", "second", "third", "fourth"))
+        recorder = Recorder(trouble=lambda _: PermanentError(next(reasons)))
+        bus = make_bus(ManualClock(MOMENT))
+        bus.subscribe("suite", [JobStarted], recorder)
+        bus.publish([started("a", 1)])
+        drain(bus)
+        database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+        seen = []
+        for _ in range(3):
+            (letter,) = read_dead_letters(database)
+            mark(database, [letter.letter_id], State.REDRIVE)
+            drain(bus)
+            (letter,) = read_dead_letters(database)
+            seen.append((letter.state, letter.redrives, letter.reason))
+        assert seen == [("open", 1, "second"), ("open", 2, "third"), ("quarantined", 3, "fourth")]
 
 
 class TestMemoryStore(ObjectStoreSuite):

@@ -20,15 +20,15 @@ from support.world import Case, fork, make_series
 import streams.stage  # noqa: F401
 from clarion import crashpoints
 from clarion.adapters.database import Database
-from clarion.adapters.deadletters import read_dead_letters
+from clarion.adapters.deadletters import Place, State, bury, mark, read_dead_letters, redrive
 from clarion.adapters.embedded import EmbeddedBus, read_lag
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
-from clarion.adapters.outbox import events_table
+from clarion.adapters.outbox import dead_letters, events_table, record_of
 from clarion.crashpoints import EFFECTS
 from clarion.errors import PermanentError
 from clarion.events import DeliveryRequested, Event, JobRequested, JobStarted, JobSuperseded
-from clarion.model import JobId, ResultInstance, ResultSet
+from clarion.model import JobId, ResultInstance, ResultSet, derive
 from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
 from gateway import tables
@@ -40,7 +40,7 @@ SEEDS = (1, 2, 3)
 # Passed only when something fails, or by chance; they have cases of their own below.
 ONLY_ON_FAILURE = {
     "ledger.fail", "bus.deadletter", "ledger.handback", "commitment.report", "delivery.unverified", "delivery.look",
-    "delivery.lost", "delivery.retry", "delivery.supersede",
+    "delivery.lost", "delivery.retry", "delivery.supersede", "deadletters.mark", "deadletters.settle",
 }  # fmt: skip
 POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
 
@@ -164,12 +164,30 @@ class Ledgers:
     def delivery(self) -> Delivery:
         return self.outbound.due(MOMENT + timedelta(days=1))[0]
 
+    def bury_request(self) -> None:
+        """As if the delivery's request had been given up."""
+        with self.database.reading() as connection:
+            row = connection.execute(sa.select(events_table).where(events_table.c.subject == "d")).first()
+        assert row is not None
+        place = Place(origin="events", partition=0, position=int(row.position))
+        bury(self.database, "delivery", place, record_of(row), error=PermanentError("why"), tries=1, now=MOMENT)
+
+    def letter(self) -> str:
+        return derive("deadletter", "delivery", "events", 0, 1)
+
     def state(self) -> dict[str, Any]:
         """All that an operation may change, and the events that report it."""
         with self.database.reading() as connection:
             found = {
                 table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
-                for table in (tables.deliveries, tables.delivery_instances, tables.commitments, jobs_table)
+                for table in (
+                    tables.deliveries,
+                    tables.delivery_instances,
+                    tables.commitments,
+                    tables.superseded_jobs,
+                    jobs_table,
+                    dead_letters,
+                )
             }
             rows = connection.execute(sa.select(events_table.c.subject, events_table.c.event_id)).all()
         return {**found, "events": sorted(tuple(row) for row in rows)}
@@ -197,6 +215,14 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
     "commitment.report": (
         lambda _: None,
         lambda one: one.outbound.commitment_reported("1.5", "P", now=MOMENT, stored=("1.1.1",), failed=()),
+    ),
+    "deadletters.mark": (
+        lambda one: one.bury_request(),
+        lambda one: mark(one.database, [one.letter()], State.DISCARDED),
+    ),
+    "deadletters.settle": (
+        lambda one: (one.bury_request(), mark(one.database, [one.letter()], State.REDRIVE)),
+        lambda one: redrive(one.database, {"delivery": DeliveryRequests(one.database, one.store)}, lambda events: None),
     ),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
 }

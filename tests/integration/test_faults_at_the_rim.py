@@ -140,6 +140,23 @@ def test_an_unknown_pipeline_of_a_stranger_s_rule_is_seen(refused: tuple[System,
     assert "nowhere" in view.dead_letters[0].reason
     assert "nowhere" in clarion("status", cwd=system.root).stdout
     assert "nowhere" in httpx.get(f"{system.page}/studies/{study}").text
+    _redrive_and_discard(system, study, view.dead_letters[0].letter_id)
+
+
+def _redrive_and_discard(system: System, study: str, letter: str) -> None:
+    """Redriven while its cause is there, it fails again; discarded, the study is no longer Failed for it."""
+    listed = clarion("deadletters", "list", cwd=system.root)
+    assert letter in listed.stdout.replace("\n", "").replace(" ", "") or "nowhere" in listed.stdout
+    shown = json.loads(clarion("deadletters", "show", letter, "--json", cwd=system.root).stdout)
+    assert (shown["consumer"], shown["body"]) == ("match", "masked")
+    dry = clarion("deadletters", "redrive", "--all", "--dry-run", "--json", cwd=system.root)
+    assert json.loads(dry.stdout)["letters"] == [letter]
+    assert clarion("deadletters", "redrive", letter, cwd=system.root).returncode == 0
+    system.wait_for(lambda: system.view(study).dead_letters[0].redrives == 1, "tried again")
+    assert clarion("deadletters", "discard", "--all", "--yes", cwd=system.root).returncode == 0
+    assert system.view(study).dead_letters == []
+    assert clarion("deadletters", "discard", letter, cwd=system.root).returncode == 1
+    assert clarion("deadletters", "redrive", cwd=system.root).returncode == 2
 
 
 def test_every_json_can_be_read(refused: tuple[System, str]) -> None:
@@ -296,6 +313,12 @@ def test_example_is_good(tmp_path: Path) -> None:
         "study show",
         "delivery list",
         "delivery retry",
+        "deadletters list",
+        "deadletters show",
+        "deadletters redrive",
+        "deadletters discard",
+        "topics apply",
+        "topics check",
         "config check",
         "config example",
     ],
