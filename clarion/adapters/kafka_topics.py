@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kafka.admin import (  # type: ignore[attr-defined]  # the package names not all that it gives
@@ -32,53 +33,42 @@ def _wanted(config: KafkaConfig) -> dict[str, str]:
     }
 
 
-def _admin(config: KafkaConfig) -> KafkaAdminClient:
-    return KafkaAdminClient(**client_settings(config), client_id=f"{config.prefix}-topics")
+@contextmanager
+def _administering(config: KafkaConfig) -> Iterator[KafkaAdminClient]:
+    """Open an administrator's connection; what the broker refuses, or a broker that is away, may pass."""
+    try:
+        admin = KafkaAdminClient(**client_settings(config), client_id=f"{config.prefix}-topics")
+        try:
+            yield admin
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
 
 
 def check_topics(config: KafkaConfig) -> list[str]:
     """Say what is not as the configuration wants it; an empty list when all is well. Raises BusUnavailableError."""
-    try:
-        admin = _admin(config)
-        try:
-            return list(_differences(admin, config))
-        finally:
-            admin.close()
-    except KafkaError as error:
-        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
+    with _administering(config) as admin:
+        return list(_differences(admin, config))
 
 
 def apply_topics(config: KafkaConfig) -> list[str]:
     """Make and mend our topics; says what was done. Partitions are only ever added. Raises BusUnavailableError."""
-    try:
-        admin = _admin(config)
-        try:
-            return list(_apply(admin, config))
-        finally:
-            admin.close()
-    except KafkaError as error:
-        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
+    with _administering(config) as admin:
+        return list(_apply(admin, config))
 
 
 def read_lag(config: KafkaConfig) -> dict[str, int]:
     """Give how many records each of our consumer groups is behind. Raises BusUnavailableError."""
-    try:
-        admin = _admin(config)
-        try:
-            groups = [
-                one["group_id"] for one in admin.list_groups() if str(one["group_id"]).startswith(f"{config.prefix}.")
-            ]
-            offsets = admin.list_group_offsets(groups) if groups else {}
-            partitions = {place for found in offsets.values() for place in found}
-            latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)) if partitions else {}
-            return {
-                group: sum(max(0, latest[place].offset - committed.offset) for place, committed in found.items())
-                for group, found in sorted(offsets.items())
-            }
-        finally:
-            admin.close()
-    except KafkaError as error:
-        raise BusUnavailableError(f"Kafka at {', '.join(config.bootstrap)}: {type(error).__name__}") from error
+    with _administering(config) as admin:
+        ours = [one["group_id"] for one in admin.list_groups() if one["group_id"].startswith(f"{config.prefix}.")]
+        offsets = admin.list_group_offsets(ours) if ours else {}
+        partitions = {place for found in offsets.values() for place in found}
+        latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)) if partitions else {}
+        return {
+            group: sum(max(0, latest[place].offset - committed.offset) for place, committed in found.items())
+            for group, found in sorted(offsets.items())
+        }
 
 
 def _differences(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
