@@ -19,16 +19,23 @@ _PAUSE_S = 1.0
 
 @dataclass(slots=True)
 class Patience:
-    """How often and how long one handler has been in trouble with the event it is at."""
+    """How often and how long one handler has been in trouble with the event it is at, and until when it rests."""
 
     tries: int = TRIES
     patience_s: float = PATIENCE_S
     failed: int = 0
     unforeseen: int = 0
     since: float | None = None
+    paused_until: float = 0.0
 
     def pause_after(self, error: Exception, now: float) -> float | None:
         """Note a failure at monotonic time `now`; give the seconds to wait for another try, None to give up."""
+        pause_s = self._judge(error, now)
+        if pause_s is not None:
+            self.paused_until = now + pause_s
+        return pause_s
+
+    def _judge(self, error: Exception, now: float) -> float | None:
         self.failed += 1
         if self.since is None:
             self.since = now

@@ -34,7 +34,6 @@ class _Subscription:
     kinds: tuple[str, ...]
     handler: StreamHandler
     patience: Patience
-    paused_until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ class EmbeddedBus:
         return redrive(self._database, handlers, self.publish) or any(moved)
 
     def _advance(self, consumer: str, subscription: _Subscription) -> bool:
-        if self._clock.monotonic() < subscription.paused_until:
+        if self._clock.monotonic() < subscription.patience.paused_until:
             return False
         start, rows, last = self._waiting(consumer, subscription.kinds)
         position, stopped = start, False
@@ -103,7 +102,6 @@ class EmbeddedBus:
             pause_s = subscription.patience.pause_after(error, self._clock.monotonic())
             if pause_s is not None:
                 log.warning("handler.paused", consumer=consumer, kind=row.kind, error=describe(error), pause_s=pause_s)
-                subscription.paused_until = self._clock.monotonic() + pause_s
                 return False
             place = Place(origin=ORIGIN, partition=0, position=int(str(row.position)))
             tries = subscription.patience.failed

@@ -168,12 +168,6 @@ class Relay:
 
 
 @dataclass(slots=True)
-class _Partition:
-    patience: Patience
-    paused_until: float = 0.0
-
-
-@dataclass(slots=True)
 class _Subscription:
     consumer: str
     kinds: frozenset[str]
@@ -181,7 +175,7 @@ class _Subscription:
     handler: StreamHandler
     client: KafkaConsumer | None = None
     joining: bool = True
-    partitions: dict[TopicPartition, _Partition] = field(default_factory=dict)
+    patience: dict[TopicPartition, Patience] = field(default_factory=dict)
 
 
 class _Membership(ConsumerRebalanceListener):
@@ -264,7 +258,7 @@ class KafkaBus:
         ends = client.end_offsets(list(mine))
         now = self._clock.monotonic()
         return all(
-            client.position(partition) >= end or self._partition(one, partition).paused_until > now
+            client.position(partition) >= end or self._patience(one, partition).paused_until > now
             for partition, end in ends.items()
         )
 
@@ -283,7 +277,7 @@ class KafkaBus:
 
     def _take(self, one: _Subscription, client: KafkaConsumer, partition: TopicPartition, records: list[Any]) -> bool:
         """Handle a partition's records in order, up to one that has to wait; commit behind those that are done."""
-        if self._partition(one, partition).paused_until > self._clock.monotonic():
+        if self._patience(one, partition).paused_until > self._clock.monotonic():
             # After a rebalance the client forgets what was paused.
             client.seek(partition, records[0].offset)
             return False
@@ -300,7 +294,7 @@ class KafkaBus:
 
     def _handle(self, one: _Subscription, partition: TopicPartition, found: Any) -> bool:  # noqa: ANN401  the client's record
         """Handle one record; tell whether the offset may pass it."""
-        state = self._partition(one, partition)
+        patience = self._patience(one, partition)
         record = _record_of(found)
         kind = record.headers.get("ce_type", "")
         if kind not in one.kinds and is_known(kind):
@@ -308,27 +302,26 @@ class KafkaBus:
         try:
             self.publish(one.handler.handle(decode(record)))
         except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
-            pause_s = state.patience.pause_after(error, self._clock.monotonic())
+            pause_s = patience.pause_after(error, self._clock.monotonic())
             if pause_s is not None:
                 log.warning("handler.paused", consumer=one.consumer, error=describe(error), pause_s=pause_s)
-                state.paused_until = self._clock.monotonic() + pause_s
                 return False
             place = Place(origin=partition.topic, partition=partition.partition, position=found.offset)
-            tries = state.patience.failed
+            tries = patience.failed
             bury(self._database, one.consumer, place, record, error=error, tries=tries, now=self._clock.now())
-        state.patience.reset()
+        patience.reset()
         return True
 
     def _resume(self, one: _Subscription, client: KafkaConsumer) -> None:
         now = self._clock.monotonic()
-        due = [partition for partition in client.paused() if self._partition(one, partition).paused_until <= now]
+        due = [partition for partition in client.paused() if self._patience(one, partition).paused_until <= now]
         if due:
             client.resume(*due)
 
-    def _partition(self, one: _Subscription, partition: TopicPartition) -> _Partition:
-        if partition not in one.partitions:
-            one.partitions[partition] = _Partition(Patience(self._tries, self._patience_s))
-        return one.partitions[partition]
+    def _patience(self, one: _Subscription, partition: TopicPartition) -> Patience:
+        if partition not in one.patience:
+            one.patience[partition] = Patience(self._tries, self._patience_s)
+        return one.patience[partition]
 
     def _client(self, one: _Subscription) -> KafkaConsumer:
         if one.client is None:

@@ -67,7 +67,6 @@ class _Subscription:
     handler: StreamHandler
     patience: Patience
     position: int = 0
-    paused_until: float = 0.0
 
 
 class MemoryBus:
@@ -101,7 +100,8 @@ class MemoryBus:
 
     def _advance(self, name: str, subscription: _Subscription) -> bool:
         moved = False
-        while subscription.position < len(self._records) and self._clock.monotonic() >= subscription.paused_until:
+        patience = subscription.patience
+        while subscription.position < len(self._records) and self._clock.monotonic() >= patience.paused_until:
             record = self._records[subscription.position]
             if record.headers["ce_type"] in subscription.kinds and not self._handle(name, subscription, record):
                 return True
@@ -112,9 +112,7 @@ class MemoryBus:
         try:
             self.publish(subscription.handler.handle(decode(record)))
         except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
-            pause_s = subscription.patience.pause_after(error, self._clock.monotonic())
-            if pause_s is not None:
-                subscription.paused_until = self._clock.monotonic() + pause_s
+            if subscription.patience.pause_after(error, self._clock.monotonic()) is not None:
                 return False
             self.dead_letters.append((name, record, reason_of(error)))
         subscription.patience.reset()
