@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from clarion.config import KafkaConfig
 
 
+def _names(config: KafkaConfig) -> list[str]:
+    return [f"{config.prefix}.{one}" for one in TOPICS]
+
+
 def _wanted(config: KafkaConfig) -> dict[str, str]:
     return {
         "cleanup.policy": "delete",
@@ -73,7 +77,7 @@ def read_lag(config: KafkaConfig) -> dict[str, int]:
 
 def _differences(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
     there = set(admin.list_topics())
-    for name in (f"{config.prefix}.{one}" for one in TOPICS):
+    for name in _names(config):
         if name not in there:
             yield f"topic {name} is missing"
             continue
@@ -84,15 +88,13 @@ def _differences(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
             yield f"topic {name} has {len(partitions)} partitions, {config.partitions} are wanted"
         if replication != config.replication:
             yield f"topic {name} has {replication} replicas, {config.replication} are wanted"
-        for key, value in _settings(admin, name).items():
-            wanted = _wanted(config).get(key)
-            if wanted is not None and value != wanted:
-                yield f"topic {name} has {key} {value}, {wanted} is wanted"
+        for key, (value, wanted) in _unlike(admin, name, config).items():
+            yield f"topic {name} has {key} {value}, {wanted} is wanted"
 
 
 def _apply(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
     there = set(admin.list_topics())
-    for name in (f"{config.prefix}.{one}" for one in TOPICS):
+    for name in _names(config):
         if name not in there:
             topic = NewTopic(name, config.partitions, config.replication, topic_configs=_wanted(config))
             admin.create_topics([topic], wait_for_metadata=True)
@@ -103,12 +105,15 @@ def _apply(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
             # More partitions send a key elsewhere from then on: order across the change is not kept.
             admin.create_partitions({name: NewPartitions(config.partitions)})
             yield f"topic {name}: {config.partitions} partitions; order per key holds anew from here on"
-        changed = {key: value for key, value in _wanted(config).items() if _settings(admin, name).get(key) != value}
+        changed = {key: wanted for key, (_, wanted) in _unlike(admin, name, config).items()}
         if changed:
             admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, configs=changed)])
             yield f"topic {name}: set {', '.join(f'{key}={value}' for key, value in changed.items())}"
 
 
-def _settings(admin: KafkaAdminClient, name: str) -> dict[str, str]:
+def _unlike(admin: KafkaAdminClient, name: str, config: KafkaConfig) -> dict[str, tuple[str, str]]:
+    """Give the settings of a topic that are not as wanted: as they are, and as they are to be."""
     found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name)], config_filter="all")
-    return {key: str(one["value"]) for key, one in found["topic"][name].items()}
+    there = {key: str(one["value"]) for key, one in found["topic"][name].items()}
+    pairs = {key: (there.get(key, "no value"), wanted) for key, wanted in _wanted(config).items()}
+    return {key: (value, wanted) for key, (value, wanted) in pairs.items() if value != wanted}
