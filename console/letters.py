@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clarion.adapters.deadletters import PENDING, DeadLetter, State, mark, read_dead_letters
+from clarion.adapters.deadletters import DeadLetter, State, mark, read_dead_letters
 from clarion.adapters.outbox import find_record
 from clarion.errors import ConfigError, PermanentError
 
@@ -34,8 +34,8 @@ def show_letters(letters: list[DeadLetter]) -> None:
 
 
 def describe_letter(database: Database, letter_id: str) -> dict[str, Any]:
-    """Give a letter with the names of its event's fields; their values stay masked."""
-    found = [one for one in read_dead_letters(database, _ALL, states=list(State)) if one.letter_id == letter_id]
+    """Give a letter, and how large its event's body is; the body stays masked."""
+    found = read_dead_letters(database, states=list(State), letter_ids=[letter_id])
     if not found:
         raise PermanentError(f"no dead letter {letter_id}; `clarion deadletters list` shows those there are")
     record = find_record(database, found[0].event_id)
@@ -49,12 +49,12 @@ def choose(database: Database, letter_ids: list[str], *, everything: bool, consu
     """
     if bool(letter_ids) + everything + (consumer is not None) != 1:
         raise ConfigError(["name letters by id, or say --all, or --consumer NAME"])
-    there = read_dead_letters(database, _ALL, states=PENDING)
+    there = read_dead_letters(database, _ALL, letter_ids=letter_ids or None)
     if letter_ids:
         unknown = sorted(set(letter_ids) - {one.letter_id for one in there})
         if unknown:
             raise PermanentError(f"no dead letter {unknown[0]} that asks for attention")
-        return [one for one in there if one.letter_id in letter_ids]
+        return there
     return [one for one in there if one.state != State.QUARANTINED and (everything or one.consumer == consumer)]
 
 

@@ -116,12 +116,19 @@ def count_dead_letters(database: Database) -> int:
 
 
 def read_dead_letters(
-    database: Database, limit: int = 500, *, states: Iterable[str] = PENDING, consumers: Iterable[str] | None = None
+    database: Database,
+    limit: int = 500,
+    *,
+    states: Iterable[str] = PENDING,
+    consumers: Iterable[str] | None = None,
+    letter_ids: Iterable[str] | None = None,
 ) -> list[DeadLetter]:
-    """List dead letters in some states, the newest first; of some consumers, or of all."""
+    """List dead letters in some states, the newest first; of some consumers and ids, or of all."""
     query = sa.select(dead_letters).where(dead_letters.c.state.in_(list(states)))
     if consumers is not None:
         query = query.where(dead_letters.c.consumer.in_(list(consumers)))
+    if letter_ids is not None:
+        query = query.where(dead_letters.c.letter_id.in_(list(letter_ids)))
     query = query.order_by(dead_letters.c.time.desc(), dead_letters.c.letter_id).limit(limit)
     with database.reading() as connection:
         return [DeadLetter(**row) for row in connection.execute(query).mappings()]
