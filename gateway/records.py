@@ -180,15 +180,7 @@ class Records:
         )
         if noted.rowcount == 0:
             return
-        event = events.InstanceIgnored(
-            **_next_of_study(connection, fields["study_uid"], entry.time),
-            sop_instance_uid=fields["sop_instance_uid"],
-            sop_class_uid=fields["sop_class_uid"],
-            calling_ae=fields["calling_ae"],
-            called_ae=fields["called_ae"],
-            reason=fields["reason"],
-        )
-        record_events(connection, [event])
+        record_events(connection, [_ignored_event(connection, fields, entry.time, fields["reason"])])
 
     def _ended(self, connection: sa.Connection, entry: journal.Entry) -> None:
         fields = entry.fields
@@ -231,19 +223,20 @@ def _insert(connection: sa.Connection, instance: Instance, state: str, reason: s
     values = {name: getattr(instance, name) for name in Instance.__dataclass_fields__}
     stored = {**values, "received": instance.received.isoformat(), "object": asdict(instance.object)}
     connection.execute(tables.instances.insert().values(**stored, state=state, reason=reason, conflicted=False))
-    event: Event
     if state == "ignored":
-        event = events.InstanceIgnored(
-            **_next_of_study(connection, instance.study_uid, instance.received),
-            sop_instance_uid=instance.sop_instance_uid,
-            sop_class_uid=instance.sop_class_uid,
-            calling_ae=instance.calling_ae,
-            called_ae=instance.called_ae,
-            reason=reason,
-        )
+        event = _ignored_event(connection, values, instance.received, reason)
     else:
         event = _stored_event(connection, instance)
     record_events(connection, [event])
+
+
+def _ignored_event(connection: sa.Connection, fields: Mapping[str, Any], time: datetime, reason: str) -> Event:
+    names = ("sop_instance_uid", "sop_class_uid", "calling_ae", "called_ae")
+    return events.InstanceIgnored(
+        **_next_of_study(connection, fields["study_uid"], time),
+        **{name: fields[name] for name in names},
+        reason=reason,
+    )
 
 
 def _stored_event(connection: sa.Connection, instance: Instance) -> Event:
