@@ -23,7 +23,7 @@ install: .venv/.installed ## Make the environment .venv with the command .venv/b
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-servers: ## Install the test servers (DCMTK, Orthanc, Chromium, Java and Maven for Kafka, strace) where root may
+servers: ## Install the test servers (DCMTK, Orthanc, Chromium, PostgreSQL, Java and Maven for Kafka, strace) where root may
 	@tests/tools/servers.sh
 
 demo: install ## Send a chest CT through the whole system and show what comes back (ARGS="--once", ARGS="--input FOLDER")

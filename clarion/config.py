@@ -165,9 +165,9 @@ class ConsoleConfig(Model):
 
 
 class DatabaseConfig(Model):
-    """Where the tables are; the default is SQLite under `data`."""
+    """Where the tables are: SQLite under `data` by default, or postgresql://USER:PASSWORD@HOST:PORT/NAME."""
 
-    url: str | None = None
+    url: SecretStr | None = None
 
 
 class KafkaSecurity(Model):
@@ -226,7 +226,8 @@ class Config(Model):
     @property
     def database_url(self) -> str:
         """The database to use."""
-        return self.database.url or f"sqlite:///{self.data / 'clarion.db'}"
+        given = self.database.url
+        return f"sqlite:///{self.data / 'clarion.db'}" if given is None else given.get_secret_value()
 
 
 def load_config(path: Path) -> tuple[Config, Located]:

@@ -150,7 +150,7 @@ class App:
         from gateway.outbound import DeliveryRequests, Outbound, SupersededJobs  # noqa: PLC0415  as above
 
         bus = self.bus()
-        self.database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
+        self.database.create(tables.SCHEMA)
         bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
         bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
         return DeliveryStage(

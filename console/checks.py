@@ -105,9 +105,12 @@ def _check_console(config: Config, located: Located) -> None:
 
 
 def _check_database(config: Config, located: Located) -> None:
-    url = config.database.url
-    if url is not None and not url.startswith("sqlite:///"):
-        located.fault(("database", "url"), "only sqlite:///FILE is supported by this version; leave it out")
+    url = config.database_url
+    if url.startswith("postgresql://"):
+        if importlib.util.find_spec("psycopg") is None:
+            located.fault(("database", "url"), "postgresql needs the extra: pip install 'clarion-gateway[postgres]'")
+    elif not url.startswith("sqlite:///"):
+        located.fault(("database", "url"), "is postgresql://USER:PASSWORD@HOST:PORT/NAME, or left out for SQLite")
 
 
 def is_loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from clarion.adapters.database import Database
+from clarion.adapters.database import Database, private_schema
 from clarion.adapters.files import FileStore
 from clarion.errors import PeerUnavailableError, PermanentError
 from clarion.model import Destination
@@ -65,6 +65,7 @@ class Options:
     as_json: bool
     keep: Path | None
     kafka: str | None = None
+    database: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ class _Ports:
     pacs: int
 
 
-def _config(ports: _Ports, root: Path, kafka: str | None) -> Path:
+def _config(ports: _Ports, root: Path, kafka: str | None, database: str | None) -> Path:
     described: dict[str, Any] = {
         "data": "data",
         "gateway": {
@@ -93,6 +94,8 @@ def _config(ports: _Ports, root: Path, kafka: str | None) -> Path:
         # Topics of its own, so that one demo does not see another's events.
         topics = {"prefix": f"demo-{uuid.uuid4().hex[:8]}", "partitions": 3, "replication": 1, "min_insync_replicas": 1}
         described["bus"] = {"kind": "kafka", "kafka": {"bootstrap": kafka, **topics}}
+    if database is not None:
+        described["database"] = {"url": database}
     path = root / "clarion.yaml"
     path.write_text(yaml.safe_dump(described, sort_keys=False))
     return path
@@ -112,15 +115,18 @@ class Demo:
         """Run it; gives the exit status and the summary."""
         root = self._options.keep or Path(tempfile.mkdtemp(prefix="clarion-demo-"))
         root.mkdir(parents=True, exist_ok=True)
+        given = self._options.database
         try:
-            return self._run(root)
+            # Tables of its own, which are gone afterwards: nobody's are touched.
+            with private_schema(given, f"demo_{uuid.uuid4().hex[:8]}") if given else nullcontext() as database:
+                return self._run(root, database)
         finally:
             if self._options.keep is None:
                 shutil.rmtree(root, ignore_errors=True)
 
-    def _run(self, root: Path) -> tuple[int, dict[str, Any]]:
+    def _run(self, root: Path, database: str | None) -> tuple[int, dict[str, Any]]:
         ports = _Ports(scp=free_port(), console=free_port(), pacs=free_port())
-        checked = check_config(_config(ports, root, self._options.kafka))
+        checked = check_config(_config(ports, root, self._options.kafka, database))
         if self._options.kafka is not None:
             self._make_topics(checked)
         with ExitStack() as stack:
@@ -142,8 +148,9 @@ class Demo:
             gateway = Destination(name="gateway", ae_title=CALLED_AE, host="127.0.0.1", port=ports.scp)
             sent = self._send(folder, gateway)
             data = checked.config.data
-            database, store = Database(checked.config.database_url), FileStore(data / "objects")
-            views = self._wait(database, store, supervisor, sorted(sent.studies))
+            tables, store = Database(checked.config.database_url), FileStore(data / "objects")
+            stack.callback(tables.close)
+            views = self._wait(tables, store, supervisor, sorted(sent.studies))
             summary = self._summary(sent, views, root, page)
             self._show(summary)
             if not summary["verified"]:

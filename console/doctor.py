@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from clarion.adapters.database import Database
 from clarion.adapters.files import free_bytes
 from clarion.errors import ClarionError, PeerUnavailableError
 from clarion.loading import check_package_names
@@ -53,6 +54,7 @@ def diagnose(config_file: Path) -> list[Check]:
     checks.append(Check(name="receiving", good=not notes, found="; ".join(notes) or "sources and AE titles are named",
                         remedy="add them, unless you mean it"))  # fmt: skip
     checks += _names_of_sources(config)
+    checks += _database(config)
     checks.append(_space(config))
     checks += _ports(config, running)
     checks += _peers(config)
@@ -69,6 +71,22 @@ def _sqlite() -> Check:
     return Check(
         name="sqlite", good=good, found=sqlite3.sqlite_version, remedy="use a Python with SQLite 3.35 or newer"
     )
+
+
+def _database(config: Config) -> Iterator[Check]:
+    database = Database(config.database_url)
+    if database.is_sqlite:
+        return
+    try:
+        with database.reading() as connection:
+            found = f"{connection.dialect.name} answers"
+    except ClarionError as error:
+        yield Check(name="database", good=False, found=str(error),
+                     remedy="start the server, or mend database.url; receiving goes on meanwhile")  # fmt: skip
+    else:
+        yield Check(name="database", good=True, found=found)
+    finally:
+        database.close()
 
 
 def _names() -> Check:

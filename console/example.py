@@ -7,7 +7,7 @@ EXAMPLE = """\
 
 data: ./clarion-data                # objects, journal, database; a folder on a local disk
 
-database: {}                        # url: default is SQLite under `data`
+database: {}                        # url: postgresql://USER:PASSWORD@HOST:PORT/NAME; default is SQLite under `data`
 
 bus:
   kind: embedded                    # or kafka, with kafka.bootstrap; see docs/operations.md

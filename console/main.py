@@ -91,6 +91,9 @@ def demo(
     kafka: Annotated[
         str | None, typer.Option("--kafka", metavar="HOST:PORT", help="Carry the events on this Kafka.")
     ] = None,
+    database: Annotated[
+        str | None, typer.Option("--database", metavar="URL", help="Keep the tables in this PostgreSQL.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a chest CT through the whole system on this machine and show what comes back."""
@@ -101,12 +104,15 @@ def demo(
 
         if keep is not None and keep.exists() and any(keep.iterdir()):
             raise ConfigError([f"--keep {keep}: is not empty; name a new folder"])
+        if database is not None and not database.startswith("postgresql://"):
+            raise ConfigError(["--database: is postgresql://USER:PASSWORD@HOST:PORT/NAME; without it SQLite is used"])
         options = Options(
             folder=folder,
             once=once or as_json,
             as_json=as_json,
             keep=keep.resolve() if keep else None,
             kafka=kafka,
+            database=database,
         )
         try:
             status, summary = run_demo(options)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def create_tables(database: Database) -> None:
     """Make what is not there yet."""
-    database.create("bus", outbox.tables, outbox.SCHEMA_VERSION)
-    database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
-    database.create("orchestrator", ledger.metadata, ledger.SCHEMA_VERSION)
-    database.create("streams", timeline.metadata, timeline.SCHEMA_VERSION)
+    database.create(outbox.SCHEMA)
+    database.create(tables.SCHEMA)
+    database.create(ledger.SCHEMA)
+    database.create(timeline.SCHEMA)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from clarion.adapters.database import Database
-from clarion.errors import ResourceBusyError
+from clarion.errors import BusUnavailableError, ResourceBusyError
 from clarion.service import read_heartbeats
 from console.app import lock
 from console.schema import create_tables
 from console.serve import DRAIN_S, SUPERVISED_BY
-from console.stages import stages_of
+from console.stages import STAGES, stages_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,19 +64,17 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
 
     def start(self) -> None:
-        """Start every stage and wait until each says that it runs. Raises ResourceBusyError when one cannot.
+        """Start every stage and wait until each says that it runs. Raises ResourceBusyError when one refuses to.
 
         One that refuses to start says why in the log; one that was killed meanwhile is started again.
         """
         begun = time.time()
-        database = Database(self._url)
-        create_tables(database)
-        database.close()
+        needed = self._stages if self._make_tables() else (STAGES[0],)
         for stage in self._stages:
             self._children[stage] = _Child(stage, self._spawn(stage), time.monotonic())
         end = time.monotonic() + READY_S
-        while not self.ready(begun):
-            refused = [one for one in self._children.values() if (one.process.poll() or 0) > 0]
+        while not self.ready(begun, needed):
+            refused = [self._children[one] for one in needed if (self._children[one].process.poll() or 0) > 0]
             if refused or time.monotonic() > end:
                 self.stop()
                 names = ", ".join(one.stage for one in refused) or "not every stage"
@@ -84,10 +82,25 @@ class Supervisor:
             self.look()
             self._stop.wait(_LOOK_S)
 
-    def ready(self, since: float) -> bool:
-        """Tell whether every stage has said since then that it runs."""
+    def _make_tables(self) -> bool:
+        """Make what is not there yet; tell whether the database answers.
+
+        Receiving needs the local disk alone: it is started without a database, and the other stages when that is back.
+        """
+        database = Database(self._url)
+        try:
+            create_tables(database)
+        except BusUnavailableError as error:
+            log.warning("database.away", reason=str(error), then="only receiving starts; the rest follows by itself")
+            return False
+        finally:
+            database.close()
+        return True
+
+    def ready(self, since: float, stages: tuple[str, ...]) -> bool:
+        """Tell whether some stages have all said since then that they run."""
         beats = {beat.stage: beat for beat in read_heartbeats(self._data / "run")}
-        return all(stage in beats and beats[stage].alive and beats[stage].beat >= since for stage in self._stages)
+        return all(stage in beats and beats[stage].alive and beats[stage].beat >= since for stage in stages)
 
     def watch(self) -> None:
         """Start again what ends, until a signal comes."""

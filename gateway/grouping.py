@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from clarion import events
+from clarion.adapters.database import may_pass, replace
 from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
 from clarion.dicom import read_attributes
@@ -86,7 +87,7 @@ class Grouping:
         self._backlog = _Backlog()
         # Where an object could not be read, how often, and since when.
         self._unreadable: tuple[journal.Position, int, float] | None = None
-        database.create(SOURCE, tables.metadata, tables.SCHEMA_VERSION)
+        database.create(tables.SCHEMA)
 
     def step(self) -> bool:
         """Take a batch of records, or close one group that is due; tell whether there may be more."""
@@ -132,10 +133,8 @@ class Grouping:
         return journal.START if row is None else journal.Position(row.segment, row.offset)
 
     def _keep_position(self, connection: sa.Connection, position: journal.Position) -> None:
-        connection.execute(
-            tables.journal_positions.insert().prefix_with("OR REPLACE", dialect="sqlite"),
-            {"reader": READER, "segment": position.segment, "offset": position.offset},
-        )
+        row = {"reader": READER, "segment": position.segment, "offset": position.offset}
+        replace(connection, tables.journal_positions, row)
 
     # Records ---------------------------------------------------------------------------------------------------
 
@@ -199,9 +198,9 @@ class Grouping:
             try:
                 with connection.begin_nested():
                     self._records.take(connection, one.entry, one.attributes)
-            except OperationalError:
-                raise
-            except Exception as error:  # noqa: BLE001  anything unforeseen: the next record must not wait for this one
+            except Exception as error:
+                if isinstance(error, DBAPIError) and may_pass(error):
+                    raise
                 one = self._failed(one.entry, GROUPING_FAILED, error)
         if one.fault:
             with connection.begin_nested():
@@ -241,9 +240,11 @@ class Grouping:
         try:
             with connection.begin_nested():
                 self._follow(connection, row, *ruling, now=now)
-        except (OperationalError, StoreUnavailableError):
+        except StoreUnavailableError:
             raise
-        except Exception as error:  # noqa: BLE001  anything unforeseen: no other group must wait for this one
+        except Exception as error:
+            if isinstance(error, DBAPIError) and may_pass(error):
+                raise
             log.error("group.failed", group=row["group_id"], error=describe(error))  # noqa: TRY400  no foreign text
             self._keep_open(connection, row, Decision(action=Action.WAIT, reason=GROUPING_FAILED), now)
         return True

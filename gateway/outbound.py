@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from clarion import events
+from clarion.adapters.database import insert_new, lock, replace
 from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
 from clarion.model import ObjectRef, ResultInstance, ResultSet
@@ -67,37 +68,39 @@ class DeliveryRequests:
             return ()
         instances = ResultSet.decode(self._store.read(event.result_set)).instances
         with effect("delivery.request"), self._database.transaction() as connection:
-            known = connection.execute(sa.select(_table.c.state).where(_table.c.delivery_id == event.subject)).first()
-            if known is not None:
+            lock(connection, "deliveries", event.job_id)
+            if insert_new(connection, _table, [_row_of(event)]) == 0:
                 return ()
-            connection.execute(
-                _table.insert().values(
-                    delivery_id=event.subject,
-                    job_id=event.job_id,
-                    destination=event.destination,
-                    result_set=asdict(event.result_set),
-                    state=WAITING,
-                    sequence=event.sequence,
-                    attempts=0,
-                    spent=0,
-                    due=event.time.isoformat(),
-                    requested=event.time.isoformat(),
-                    reason="",
-                )
-            )
-            for position, instance in enumerate(instances):
-                connection.execute(
-                    _items.insert().values(
-                        delivery_id=event.subject,
-                        sop_instance_uid=instance.sop_instance_uid,
-                        position=position,
-                        described=asdict(instance),
-                        status=None,
-                        note="",
-                    )
-                )
+            rows = [
+                {
+                    "delivery_id": event.subject,
+                    "sop_instance_uid": instance.sop_instance_uid,
+                    "position": position,
+                    "described": asdict(instance),
+                    "status": None,
+                    "note": "",
+                }
+                for position, instance in enumerate(instances)
+            ]
+            insert_new(connection, _items, rows)
             _supersede(connection, event.job_id, event.time)
         return ()
+
+
+def _row_of(event: events.DeliveryRequested) -> dict[str, Any]:
+    return {
+        "delivery_id": event.subject,
+        "job_id": event.job_id,
+        "destination": event.destination,
+        "result_set": asdict(event.result_set),
+        "state": WAITING,
+        "sequence": event.sequence,
+        "attempts": 0,
+        "spent": 0,
+        "due": event.time.isoformat(),
+        "requested": event.time.isoformat(),
+        "reason": "",
+    }
 
 
 class SupersededJobs:
@@ -111,10 +114,8 @@ class SupersededJobs:
         if not isinstance(event, events.JobSuperseded):
             return ()
         with effect("delivery.supersede"), self._database.transaction() as connection:
-            connection.execute(
-                tables.superseded_jobs.insert().prefix_with("OR REPLACE", dialect="sqlite"),
-                {"job_id": event.subject, "by": event.by},
-            )
+            lock(connection, "deliveries", event.subject)
+            replace(connection, tables.superseded_jobs, {"job_id": event.subject, "by": event.by})
             _supersede(connection, event.subject, event.time)
         return ()
 
@@ -165,16 +166,15 @@ class Outbound:
 
     def begin_attempt(self, delivery_id: str, due: datetime) -> int | None:
         """Count an attempt; should we die in it, the next one is due at `due`. None when it no longer waits."""
+        here = _table.c.delivery_id == delivery_id
+        claim = sa.select(_table.c.attempts).where(here, _table.c.state == WAITING).with_for_update(skip_locked=True)
         with effect("delivery.attempt"), self._database.transaction() as connection:
-            counted = connection.execute(
-                _table.update()
-                .where(_table.c.delivery_id == delivery_id, _table.c.state == WAITING)
-                .values(attempts=_table.c.attempts + 1, due=due.isoformat())
-            )
-            if counted.rowcount == 0:
+            # One that somebody else has in hand is not waited for.
+            attempts = connection.execute(claim).scalar_one_or_none()
+            if attempts is None:
                 return None
-            query = sa.select(_table.c.attempts).where(_table.c.delivery_id == delivery_id)
-            return int(connection.execute(query).scalar_one())
+            connection.execute(_table.update().where(here).values(attempts=attempts + 1, due=due.isoformat()))
+            return int(attempts) + 1
 
     def answered(self, delivery_id: str, sop_instance_uid: str, status: int, note: str = "") -> None:
         """Note the status of one instance."""
@@ -253,10 +253,7 @@ class Outbound:
         """Note a report that came on our own association."""
         values = {"transaction_uid": transaction_uid, "peer": peer, "received": now.isoformat()}
         with effect("commitment.report"), self._database.transaction() as connection:
-            connection.execute(
-                tables.commitments.insert().prefix_with("OR REPLACE", dialect="sqlite"),
-                {**values, "stored": list(stored), "failed": list(failed)},
-            )
+            replace(connection, tables.commitments, {**values, "stored": list(stored), "failed": list(failed)})
 
     def settle_verified(self, delivery: Delivery, *, now: datetime, how: str) -> None:
         """The peer keeps every instance: verified."""

@@ -13,6 +13,8 @@ import sqlalchemy as sa
 import structlog
 
 from clarion import events
+from clarion.adapters.database import insert_new
+from clarion.adapters.database import replace as replace_row
 from clarion.adapters.outbox import record_events
 from clarion.model import UNKNOWN_STUDY, Instance, ObjectRef, SeriesUid, SopInstanceUid, StudyUid, derive
 from gateway import groups, journal, tables
@@ -61,10 +63,7 @@ class Records:
             case "ended":
                 self._ended(connection, entry)
             case "commitment":
-                connection.execute(
-                    tables.commitments.insert().prefix_with("OR REPLACE", dialect="sqlite"),
-                    {**entry.fields, "received": entry.time.isoformat()},
-                )
+                replace_row(connection, tables.commitments, {**entry.fields, "received": entry.time.isoformat()})
             case _:
                 log.error("journal.unknownrecord", kind=entry.kind)
 
@@ -169,16 +168,12 @@ class Records:
     def _ignored(self, connection: sa.Connection, entry: journal.Entry) -> None:
         fields = {**_NOTHING_KNOWN, **entry.fields}
         names = ("study_uid", "sop_instance_uid", "sop_class_uid", "called_ae", "reason")
-        noted = connection.execute(
-            tables.ignored.insert()
-            .prefix_with("OR IGNORE", dialect="sqlite")
-            .values(
-                ignored_id=derive("ignored", fields["sop_instance_uid"], fields["called_ae"]),
-                received=entry.time.isoformat(),
-                **{name: fields[name] for name in names},
-            )
-        )
-        if noted.rowcount == 0:
+        row = {
+            "ignored_id": derive("ignored", fields["sop_instance_uid"], fields["called_ae"]),
+            "received": entry.time.isoformat(),
+            **{name: fields[name] for name in names},
+        }
+        if insert_new(connection, tables.ignored, [row]) == 0:
             return
         record_events(connection, [_ignored_event(connection, fields, entry.time, fields["reason"])])
 

@@ -7,8 +7,9 @@ from datetime import UTC, timedelta
 from typing import TYPE_CHECKING
 
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from clarion.adapters.database import may_pass
 from clarion.errors import InvalidInstanceError, describe
 from clarion.model import PRIORITIES, Action, Decision, Trigger
 
@@ -46,16 +47,19 @@ def key_of(entity: CalledEntity | None, instance: Instance) -> tuple[str | None,
 
 
 def decide(entity: CalledEntity, group: Group, now: datetime) -> tuple[Decision, tuple[Trigger, ...]]:
-    """Give the rule's decision about a group and, if it closes it, what that triggers. Lets OperationalError pass."""
+    """Give the rule's decision about a group and, if it closes it, what that triggers.
+
+    Lets pass what says that the database is away: that is not the rule's fault.
+    """
     try:
         decision = entity.rule.is_complete(group, now)
         triggers = tuple(entity.rule.triggers(group)) if decision.action is Action.CLOSE else ()
         _check(decision, triggers)
         if decision.again is not None:
             decision = replace(decision, again=decision.again.astimezone(UTC))
-    except OperationalError:
-        raise
-    except Exception as error:  # noqa: BLE001  whatever a stranger's rule raises: the group stays open, visibly
+    except Exception as error:
+        if isinstance(error, DBAPIError) and may_pass(error):
+            raise
         log.error("rule.failed", rule=entity.rule_name, group=group.group_id, error=describe(error))  # noqa: TRY400
         return _patiently(group, now, RULE_FAILED), ()
     return decision, triggers

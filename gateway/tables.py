@@ -6,83 +6,88 @@ whose SOP Class is not kept at all, `quarantine` the third.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 1
+from clarion.adapters.database import BIG, TEXT
+from clarion.adapters.schema import Schema
+
+SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0001")
 
 metadata = sa.MetaData()
 
 studies = sa.Table(
     "studies",
     metadata,
-    sa.Column("study_uid", sa.Text, primary_key=True),
+    sa.Column("study_uid", TEXT, primary_key=True),
     sa.Column("sequence", sa.Integer, nullable=False),
-    sa.Column("first_received", sa.Text, nullable=False),
-    sa.Column("last_received", sa.Text, nullable=False, index=True),
+    sa.Column("first_received", TEXT, nullable=False),
+    sa.Column("last_received", TEXT, nullable=False, index=True),
 )
 
 instances = sa.Table(
     "instances",
     metadata,
-    sa.Column("sop_instance_uid", sa.Text, primary_key=True),
-    sa.Column("digest", sa.Text, primary_key=True),
-    sa.Column("study_uid", sa.Text, nullable=False, index=True),
-    sa.Column("series_uid", sa.Text, nullable=False),
-    sa.Column("sop_class_uid", sa.Text, nullable=False),
-    sa.Column("transfer_syntax_uid", sa.Text, nullable=False),
-    sa.Column("calling_ae", sa.Text, nullable=False),
-    sa.Column("called_ae", sa.Text, nullable=False),
-    sa.Column("received", sa.Text, nullable=False),
+    sa.Column("sop_instance_uid", TEXT, primary_key=True),
+    sa.Column("digest", TEXT, primary_key=True),
+    sa.Column("study_uid", TEXT, nullable=False, index=True),
+    sa.Column("series_uid", TEXT, nullable=False),
+    sa.Column("sop_class_uid", TEXT, nullable=False),
+    sa.Column("transfer_syntax_uid", TEXT, nullable=False),
+    sa.Column("calling_ae", TEXT, nullable=False),
+    sa.Column("called_ae", TEXT, nullable=False),
+    sa.Column("received", TEXT, nullable=False),
     sa.Column("object", sa.JSON, nullable=False),
     sa.Column("attributes", sa.JSON, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("state", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False, default=""),
     sa.Column("conflicted", sa.Boolean, nullable=False, default=False),
 )
 
 quarantine = sa.Table(
     "quarantine",
     metadata,
-    sa.Column("quarantine_id", sa.Text, primary_key=True),
-    sa.Column("study_uid", sa.Text, nullable=False, index=True),
-    sa.Column("sop_instance_uid", sa.Text, nullable=False),
-    sa.Column("sop_class_uid", sa.Text, nullable=False),
-    sa.Column("transfer_syntax_uid", sa.Text, nullable=False),
-    sa.Column("calling_ae", sa.Text, nullable=False),
-    sa.Column("called_ae", sa.Text, nullable=False),
-    sa.Column("received", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("quarantine_id", TEXT, primary_key=True),
+    sa.Column("study_uid", TEXT, nullable=False, index=True),
+    sa.Column("sop_instance_uid", TEXT, nullable=False),
+    sa.Column("sop_class_uid", TEXT, nullable=False),
+    sa.Column("transfer_syntax_uid", TEXT, nullable=False),
+    sa.Column("calling_ae", TEXT, nullable=False),
+    sa.Column("called_ae", TEXT, nullable=False),
+    sa.Column("received", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False),
     sa.Column("object", sa.JSON, nullable=True),
 )
 
 ignored = sa.Table(
     "ignored",
     metadata,
-    sa.Column("ignored_id", sa.Text, primary_key=True),
-    sa.Column("study_uid", sa.Text, nullable=False, index=True),
-    sa.Column("sop_instance_uid", sa.Text, nullable=False),
-    sa.Column("sop_class_uid", sa.Text, nullable=False),
-    sa.Column("called_ae", sa.Text, nullable=False),
-    sa.Column("received", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("ignored_id", TEXT, primary_key=True),
+    sa.Column("study_uid", TEXT, nullable=False, index=True),
+    sa.Column("sop_instance_uid", TEXT, nullable=False),
+    sa.Column("sop_class_uid", TEXT, nullable=False),
+    sa.Column("called_ae", TEXT, nullable=False),
+    sa.Column("received", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False),
 )
 
 groups = sa.Table(
     "groups",
     metadata,
-    sa.Column("group_id", sa.Text, primary_key=True),
-    sa.Column("called_ae", sa.Text, nullable=False),
-    sa.Column("rule", sa.Text, nullable=False),
-    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("group_id", TEXT, primary_key=True),
+    sa.Column("called_ae", TEXT, nullable=False),
+    sa.Column("rule", TEXT, nullable=False),
+    sa.Column("key", TEXT, nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("state", TEXT, nullable=False),
     sa.Column("revision", sa.Integer, nullable=False),
     sa.Column("sequence", sa.Integer, nullable=False),
-    sa.Column("opened", sa.Text, nullable=False),
-    sa.Column("last_received", sa.Text, nullable=False),
-    sa.Column("closed", sa.Text, nullable=True),
-    sa.Column("check_at", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("opened", TEXT, nullable=False),
+    sa.Column("last_received", TEXT, nullable=False),
+    sa.Column("closed", TEXT, nullable=True),
+    sa.Column("check_at", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False, default=""),
     sa.UniqueConstraint("called_ae", "rule", "key", "epoch"),
     sa.Index("groups_due", "state", "check_at"),
 )
@@ -90,37 +95,37 @@ groups = sa.Table(
 members = sa.Table(
     "group_members",
     metadata,
-    sa.Column("group_id", sa.Text, sa.ForeignKey("groups.group_id"), primary_key=True),
-    sa.Column("sop_instance_uid", sa.Text, primary_key=True),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("study_uid", sa.Text, nullable=False, index=True),
+    sa.Column("group_id", TEXT, sa.ForeignKey("groups.group_id"), primary_key=True),
+    sa.Column("sop_instance_uid", TEXT, primary_key=True),
+    sa.Column("digest", TEXT, nullable=False),
+    sa.Column("study_uid", TEXT, nullable=False, index=True),
 )
 
 revisions = sa.Table(
     "group_revisions",
     metadata,
-    sa.Column("group_id", sa.Text, sa.ForeignKey("groups.group_id"), primary_key=True),
+    sa.Column("group_id", TEXT, sa.ForeignKey("groups.group_id"), primary_key=True),
     sa.Column("revision", sa.Integer, primary_key=True),
     sa.Column("manifest", sa.JSON, nullable=False),
-    sa.Column("manifest_digest", sa.Text, nullable=False),
+    sa.Column("manifest_digest", TEXT, nullable=False),
     sa.Column("instances", sa.Integer, nullable=False),
-    sa.Column("closed", sa.Text, nullable=False),
+    sa.Column("closed", TEXT, nullable=False),
 )
 
 journal_positions = sa.Table(
     "journal_positions",
     metadata,
-    sa.Column("reader", sa.Text, primary_key=True),
+    sa.Column("reader", TEXT, primary_key=True),
     sa.Column("segment", sa.Integer, nullable=False),
-    sa.Column("offset", sa.Integer, nullable=False),
+    sa.Column("offset", BIG, nullable=False),
 )
 
 commitments = sa.Table(
     "commitments",
     metadata,
-    sa.Column("transaction_uid", sa.Text, primary_key=True),
-    sa.Column("peer", sa.Text, nullable=False),
-    sa.Column("received", sa.Text, nullable=False),
+    sa.Column("transaction_uid", TEXT, primary_key=True),
+    sa.Column("peer", TEXT, nullable=False),
+    sa.Column("received", TEXT, nullable=False),
     sa.Column("stored", sa.JSON, nullable=False),
     sa.Column("failed", sa.JSON, nullable=False),
 )
@@ -128,37 +133,37 @@ commitments = sa.Table(
 deliveries = sa.Table(
     "deliveries",
     metadata,
-    sa.Column("delivery_id", sa.Text, primary_key=True),
-    sa.Column("job_id", sa.Text, nullable=False, index=True),
-    sa.Column("destination", sa.Text, nullable=False),
+    sa.Column("delivery_id", TEXT, primary_key=True),
+    sa.Column("job_id", TEXT, nullable=False, index=True),
+    sa.Column("destination", TEXT, nullable=False),
     sa.Column("result_set", sa.JSON, nullable=False),
-    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("state", TEXT, nullable=False, index=True),
     sa.Column("sequence", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     # Attempts before a person asked for more: a new budget begins behind them.
     sa.Column("spent", sa.Integer, nullable=False, default=0),
-    sa.Column("due", sa.Text, nullable=False),
-    sa.Column("requested", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False, default=""),
-    sa.Column("transaction_uid", sa.Text, nullable=True),
-    sa.Column("verify_until", sa.Text, nullable=True),
+    sa.Column("due", TEXT, nullable=False),
+    sa.Column("requested", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False, default=""),
+    sa.Column("transaction_uid", TEXT, nullable=True),
+    sa.Column("verify_until", TEXT, nullable=True),
 )
 
 # Jobs whose results must not leave any more; kept, since the request of their delivery may come later.
 superseded_jobs = sa.Table(
     "superseded_jobs",
     metadata,
-    sa.Column("job_id", sa.Text, primary_key=True),
-    sa.Column("by", sa.Text, nullable=False),
+    sa.Column("job_id", TEXT, primary_key=True),
+    sa.Column("by", TEXT, nullable=False),
 )
 
 delivery_instances = sa.Table(
     "delivery_instances",
     metadata,
-    sa.Column("delivery_id", sa.Text, sa.ForeignKey("deliveries.delivery_id"), primary_key=True),
-    sa.Column("sop_instance_uid", sa.Text, primary_key=True),
+    sa.Column("delivery_id", TEXT, sa.ForeignKey("deliveries.delivery_id"), primary_key=True),
+    sa.Column("sop_instance_uid", TEXT, primary_key=True),
     sa.Column("position", sa.Integer, nullable=False),
     sa.Column("described", sa.JSON, nullable=False),
     sa.Column("status", sa.Integer, nullable=True),
-    sa.Column("note", sa.Text, nullable=False, default=""),
+    sa.Column("note", TEXT, nullable=False, default=""),
 )

@@ -7,12 +7,15 @@ succeeded | failed; jobs of an older revision of their group become superseded, 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from clarion import events
+from clarion.adapters.database import TEXT, insert_new, lock
 from clarion.adapters.outbox import record_events
+from clarion.adapters.schema import Schema
 from clarion.crashpoints import effect
 from clarion.model import PRIORITIES, ObjectRef, ResultSet
 
@@ -25,44 +28,44 @@ if TYPE_CHECKING:
     from clarion.ports import Clock
 
 SOURCE = "orchestrator"
-SCHEMA_VERSION = 1
+SCHEMA = Schema(stage="orchestrator", folder=Path(__file__).parent / "migrations", head="0001")
 REQUESTED, RUNNING, SUCCEEDED, FAILED, SUPERSEDED = "requested", "running", "succeeded", "failed", "superseded"
 
 metadata = sa.MetaData()
 jobs = sa.Table(
     "jobs",
     metadata,
-    sa.Column("job_id", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("pipeline_id", sa.Text, nullable=False),
+    sa.Column("job_id", TEXT, primary_key=True),
+    sa.Column("name", TEXT, nullable=False),
+    sa.Column("pipeline_id", TEXT, nullable=False),
     sa.Column("definition", sa.JSON, nullable=False),
-    sa.Column("group_id", sa.Text, nullable=False, index=True),
+    sa.Column("group_id", TEXT, nullable=False, index=True),
     sa.Column("revision", sa.Integer, nullable=False),
     sa.Column("manifest", sa.JSON, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("destinations", sa.JSON, nullable=False),
-    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("state", TEXT, nullable=False, index=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("retries", sa.Integer, nullable=False),
     sa.Column("sequence", sa.Integer, nullable=False),
-    sa.Column("requested", sa.Text, nullable=False),
-    sa.Column("started", sa.Text, nullable=True),
-    sa.Column("finished", sa.Text, nullable=True),
-    sa.Column("cause", sa.Text, nullable=False, default=""),
-    sa.Column("operator", sa.Text, nullable=False, default=""),
-    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("requested", TEXT, nullable=False),
+    sa.Column("started", TEXT, nullable=True),
+    sa.Column("finished", TEXT, nullable=True),
+    sa.Column("cause", TEXT, nullable=False, default=""),
+    sa.Column("operator", TEXT, nullable=False, default=""),
+    sa.Column("reason", TEXT, nullable=False, default=""),
     sa.Column("result_set", sa.JSON, nullable=True),
 )
 operators = sa.Table(
     "job_operators",
     metadata,
-    sa.Column("job_id", sa.Text, sa.ForeignKey("jobs.job_id"), primary_key=True),
+    sa.Column("job_id", TEXT, sa.ForeignKey("jobs.job_id"), primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column("operator", sa.Text, primary_key=True),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("started", sa.Text, nullable=True),
-    sa.Column("finished", sa.Text, nullable=True),
-    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("operator", TEXT, primary_key=True),
+    sa.Column("state", TEXT, nullable=False),
+    sa.Column("started", TEXT, nullable=True),
+    sa.Column("finished", TEXT, nullable=True),
+    sa.Column("reason", TEXT, nullable=False, default=""),
     sa.Column("log", sa.JSON, nullable=True),
 )
 
@@ -106,30 +109,10 @@ class JobRequests:
         if not isinstance(event, events.JobRequested):
             return ()
         with effect("ledger.request"), self._database.transaction() as connection:
-            if connection.execute(sa.select(jobs.c.state).where(jobs.c.job_id == event.subject)).first() is not None:
-                return ()
+            lock(connection, "jobs", event.group_id)
             newest = _newest_revision(connection, event)
-            connection.execute(
-                jobs.insert().values(
-                    job_id=event.subject,
-                    name=event.name,
-                    pipeline_id=event.pipeline_id,
-                    definition=asdict(event.definition),
-                    group_id=event.group_id,
-                    revision=event.revision,
-                    manifest=asdict(event.manifest),
-                    priority=PRIORITIES.index(event.priority if event.priority in PRIORITIES else "normal"),
-                    destinations=list(event.destinations),
-                    state=REQUESTED,
-                    attempt=0,
-                    retries=0,
-                    sequence=event.sequence,
-                    requested=event.time.isoformat(),
-                    cause="",
-                    operator="",
-                    reason="",
-                )
-            )
+            if insert_new(connection, jobs, [_row_of(event)]) == 0:
+                return ()
             if newest is not None and newest.revision > event.revision:
                 _supersede(connection, event.subject, by=newest.job_id, now=event.time)
             else:
@@ -147,6 +130,28 @@ class JobRequests:
         ).scalars()
         for job_id in older.all():
             _supersede(connection, job_id, by=event.subject, now=event.time)
+
+
+def _row_of(event: events.JobRequested) -> dict[str, Any]:
+    return {
+        "job_id": event.subject,
+        "name": event.name,
+        "pipeline_id": event.pipeline_id,
+        "definition": asdict(event.definition),
+        "group_id": event.group_id,
+        "revision": event.revision,
+        "manifest": asdict(event.manifest),
+        "priority": PRIORITIES.index(event.priority if event.priority in PRIORITIES else "normal"),
+        "destinations": list(event.destinations),
+        "state": REQUESTED,
+        "attempt": 0,
+        "retries": 0,
+        "sequence": event.sequence,
+        "requested": event.time.isoformat(),
+        "cause": "",
+        "operator": "",
+        "reason": "",
+    }
 
 
 def _newest_revision(connection: sa.Connection, event: events.JobRequested) -> Any:  # noqa: ANN401  a row or None
@@ -177,7 +182,7 @@ class Ledger:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
-        database.create(SOURCE, metadata, SCHEMA_VERSION)
+        database.create(SCHEMA)
 
     def next_job(self, but: Iterable[str]) -> Job | None:
         """Give the job to start next: one that was interrupted, else by priority, then in order of request.
@@ -203,10 +208,15 @@ class Ledger:
         """Begin an attempt; gives its number, or None when the job has been superseded in the meantime."""
         now = self._clock.now()
         attempt = job.attempt + 1
+        here = sa.and_(jobs.c.job_id == job.job_id, jobs.c.state == job.state, jobs.c.attempt == job.attempt)
         with effect("ledger.start"), self._database.transaction() as connection:
-            moved = connection.execute(
+            # One that somebody else has in hand is not waited for.
+            claim = sa.select(jobs.c.job_id).where(here).with_for_update(skip_locked=True)
+            if connection.execute(claim).first() is None:
+                return None
+            connection.execute(
                 jobs.update()
-                .where(jobs.c.job_id == job.job_id, jobs.c.state == job.state, jobs.c.attempt == job.attempt)
+                .where(here)
                 .values(
                     state=RUNNING,
                     attempt=attempt,
@@ -214,8 +224,6 @@ class Ledger:
                     retries=jobs.c.retries + (1 if job.state == RUNNING else 0),
                 )
             )
-            if moved.rowcount == 0:
-                return None
             common = _next(connection, job.job_id, now)
             for name in operator_names:
                 connection.execute(

@@ -7,11 +7,14 @@ group, a delivery to those of its job; `timeline_links` remembers that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import sqlalchemy as sa
 
 from clarion import events
+from clarion.adapters.database import BIG, TEXT, insert_new
+from clarion.adapters.schema import Schema
 from clarion.crashpoints import effect
 from clarion.errors import TransientError
 
@@ -21,30 +24,30 @@ if TYPE_CHECKING:
     from clarion.adapters.database import Database
     from clarion.events import Event
 
-SCHEMA_VERSION = 1
+SCHEMA = Schema(stage="streams", folder=Path(__file__).parent / "migrations", head="0001")
 _WAIT_S = 1.0
 
 metadata = sa.MetaData()
 timeline = sa.Table(
     "timeline",
     metadata,
-    sa.Column("position", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("study_uid", sa.Text, nullable=False, index=True),
-    sa.Column("event_id", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("subject", sa.Text, nullable=False),
-    sa.Column("parent", sa.Text, nullable=False),
-    sa.Column("time", sa.Text, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("position", BIG, primary_key=True, autoincrement=True),
+    sa.Column("study_uid", TEXT, nullable=False, index=True),
+    sa.Column("event_id", TEXT, nullable=False),
+    sa.Column("kind", TEXT, nullable=False),
+    sa.Column("subject", TEXT, nullable=False),
+    sa.Column("parent", TEXT, nullable=False),
+    sa.Column("time", TEXT, nullable=False),
+    sa.Column("state", TEXT, nullable=False),
+    sa.Column("text", TEXT, nullable=False),
     sa.UniqueConstraint("study_uid", "event_id"),
     sqlite_autoincrement=True,
 )
 links = sa.Table(
     "timeline_links",
     metadata,
-    sa.Column("subject", sa.Text, primary_key=True),
-    sa.Column("study_uid", sa.Text, primary_key=True),
+    sa.Column("subject", TEXT, primary_key=True),
+    sa.Column("study_uid", TEXT, primary_key=True),
 )
 
 
@@ -143,7 +146,7 @@ class Timeline:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        database.create("streams", metadata, SCHEMA_VERSION)
+        database.create(SCHEMA)
 
     def handle(self, event: Event) -> Iterable[Event]:
         """Keep the event's line in every study it belongs to."""
@@ -156,24 +159,22 @@ class Timeline:
                 # On Kafka a delivery may be read before its job: topics have no order among themselves.
                 raise TransientError(f"{event.kind}: nothing is known yet of what it belongs to", _WAIT_S)
             for study_uid in studies:
-                connection.execute(
-                    links.insert().prefix_with("OR IGNORE", dialect="sqlite"),
-                    {"subject": event.subject, "study_uid": study_uid},
-                )
-                connection.execute(
-                    timeline.insert().prefix_with("OR IGNORE", dialect="sqlite"),
-                    {
-                        "study_uid": study_uid,
-                        "event_id": event.event_id,
-                        "kind": event.kind,
-                        "subject": event.subject,
-                        "parent": line.parent,
-                        "time": event.time.isoformat(),
-                        "state": line.state,
-                        "text": line.text,
-                    },
-                )
+                insert_new(connection, links, [{"subject": event.subject, "study_uid": study_uid}])
+                insert_new(connection, timeline, [_row(event, line, study_uid)])
         return ()
+
+
+def _row(event: Event, line: _Line, study_uid: str) -> dict[str, str]:
+    return {
+        "study_uid": study_uid,
+        "event_id": event.event_id,
+        "kind": event.kind,
+        "subject": event.subject,
+        "parent": line.parent,
+        "time": event.time.isoformat(),
+        "state": line.state,
+        "text": line.text,
+    }
 
 
 def _linked(connection: sa.Connection, subject: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from support import postgres
 from support.kafka import Broker, start_broker
 
 
@@ -13,3 +14,12 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     broker = start_broker(tmp_path_factory.mktemp("kafka") / "broker")
     yield broker
     broker.stop()
+
+
+@pytest.fixture(params=[postgres.SQLITE, postgres.POSTGRESQL])
+def each_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on SQLite and on PostgreSQL: whatever it opens by `url_in` is of that kind."""
+    if request.param == postgres.POSTGRESQL:
+        postgres.shared()
+    monkeypatch.setattr(postgres, "current", request.param)
+    return str(request.param)

@@ -1,7 +1,9 @@
-"""The database: short write transactions that begin by taking the write lock, and readers that never block them.
+"""The database: SQLite (embedded default) or PostgreSQL; short write transactions, readers that never block them.
 
-Embedded default: one SQLite file, WAL, `synchronous=FULL`, foreign keys on. Vendor errors become
-BusUnavailableError here, so that callers know only "later".
+Contract. A transaction is durable when its block ends and gone when the block raises; whoever saw an error that may
+pass does it again, for it may have been committed all the same. Nothing may rely on there being one writer at a time,
+as SQLite has it: what must not happen side by side takes a `lock` by name. Vendor errors become BusUnavailableError
+here, so that callers know only "later".
 """
 
 from __future__ import annotations
@@ -10,46 +12,49 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from clarion.errors import BusUnavailableError, ConfigError, DatabaseRefusalError
+from clarion.adapters import schema
+from clarion.errors import BusUnavailableError, DatabaseRefusalError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from clarion.adapters.schema import Schema
+
+# A statement or a lock that takes longer is given up and tried again.
 _BUSY_TIMEOUT_S = 20.0
+_CONNECT_S = 10
+_IDLE_S = 120
+_POSTGRESQL_OPTIONS = (
+    f"-c statement_timeout={_BUSY_TIMEOUT_S:.0f}s -c lock_timeout={_BUSY_TIMEOUT_S:.0f}s "
+    f"-c idle_in_transaction_session_timeout={_IDLE_S}s -c synchronous_commit=on"
+)
 _READ_ONLY = {"clarion_read_only": True}
 
-_schema = sa.MetaData()
-_versions = sa.Table(
-    "schema_versions",
-    _schema,
-    sa.Column("stage", sa.Text, primary_key=True),
-    sa.Column("version", sa.Integer, nullable=False),
-)
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+"""Text that sorts by code point on either database, as stored times and UIDs must."""
+BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+"""An integer of 64 bits, also as a key that counts by itself."""
 
 
 class Database:
     """One database; safe from several threads and processes, not across a fork."""
 
     def __init__(self, url: str, *, on_commit: Callable[[], None] | None = None) -> None:
-        self._engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False})
+        self.is_sqlite = url.startswith("sqlite")
+        self._engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
         self._on_commit = on_commit
-        sa.event.listen(self._engine, "connect", _configure)
-        sa.event.listen(self._engine, "begin", _begin)
 
-    def create(self, stage: str, tables: sa.MetaData, version: int) -> None:
-        """Make a stage's tables if they are not there. Raises ConfigError when a newer Clarion made them."""
+    def create(self, wanted: Schema) -> None:
+        """Bring a stage's tables to the version this code knows. Raises ConfigError when a newer Clarion made them."""
+        with self.reading() as connection:
+            if schema.is_current(connection, wanted):
+                return
         with self.transaction() as connection:
-            _schema.create_all(connection)
-            found = connection.execute(sa.select(_versions.c.version).where(_versions.c.stage == stage)).scalar()
-            if found is not None and found > version:
-                raise ConfigError(
-                    [f"database.url: {stage!r} has table version {found}, known here is {version}; run a newer one"]
-                )
-            tables.create_all(connection)
-            if found is None:
-                connection.execute(_versions.insert().values(stage=stage, version=version))
+            lock(connection, "schema", wanted.stage)
+            schema.migrate(connection, wanted)
 
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
@@ -66,8 +71,8 @@ class Database:
     def reading(self) -> Iterator[sa.Connection]:
         """Read one consistent state."""
         try:
-            with self._engine.connect().execution_options(**_READ_ONLY) as connection:
-                yield connection
+            with self._engine.connect() as connection:
+                yield connection.execution_options(**self._read_only())
         except DBAPIError as error:
             raise _ours(error, "read") from error
 
@@ -75,13 +80,86 @@ class Database:
         """Close every connection."""
         self._engine.dispose()
 
+    def _read_only(self) -> dict[str, Any]:
+        if self.is_sqlite:
+            return _READ_ONLY
+        return {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+
+
+def lock(connection: sa.Connection, *names: object) -> None:
+    """Let nobody else pass a lock of this name until the transaction ends. SQLite's transactions exclude each other."""
+    if connection.dialect.name == "postgresql":
+        name = "/".join(map(str, ("clarion", *names)))
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
+
+
+def insert_new(connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Insert rows, passing over those that are there already; gives how many were not."""
+    if not rows:
+        return 0
+    statement = _insert(connection, table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+    return int(connection.execute(statement, [dict(row) for row in rows]).rowcount)
+
+
+def replace(connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]) -> None:
+    """Insert a row, or give the one with its primary key these values."""
+    keys = [column.name for column in table.primary_key]
+    rest = {name: value for name, value in row.items() if name not in keys}
+    statement = _insert(connection, table).values(**row).on_conflict_do_update(index_elements=keys, set_=rest)
+    connection.execute(statement)
+
+
+def _insert(connection: sa.Connection, table: sa.Table) -> Any:  # noqa: ANN401  the two dialects' inserts share no type
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+def may_pass(error: DBAPIError) -> bool:
+    """Tell whether the database is busy, full, broken or away, and not the statement wrong."""
+    return isinstance(error, OperationalError) or error.connection_invalidated
+
 
 def _ours(error: DBAPIError, done: str) -> BusUnavailableError | DatabaseRefusalError:
     """Busy, full or broken may pass; a statement that is wrong stays wrong."""
     kind = type(error.orig).__name__
-    if isinstance(error, OperationalError):
+    if may_pass(error):
         return BusUnavailableError(f"the database cannot be {done} now: {kind}")
     return DatabaseRefusalError(f"the database refuses: {kind}")
+
+
+def _sqlite_engine(url: str) -> sa.Engine:
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False})
+    sa.event.listen(engine, "connect", _configure)
+    sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _postgresql_engine(url: str) -> sa.Engine:
+    given = sa.make_url(url)
+    options = f"{given.query.get('options', '')} {_POSTGRESQL_OPTIONS}"
+    return sa.create_engine(
+        given.set(drivername="postgresql+psycopg"),
+        max_overflow=20,
+        connect_args={"connect_timeout": _CONNECT_S, "options": options, "application_name": "clarion"},
+    )
+
+
+@contextmanager
+def private_schema(url: str, name: str) -> Iterator[str]:
+    """Make a schema of our own in a PostgreSQL database, for as long as the block lasts; gives the URL that uses it."""
+    given = sa.make_url(url)
+    engine = sa.create_engine(given.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.schema.CreateSchema(name))
+        try:
+            yield given.update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
+        finally:
+            with engine.connect() as connection:
+                connection.execute(sa.schema.DropSchema(name, cascade=True))
+    except DBAPIError as error:
+        raise _ours(error, "written") from error
+    finally:
+        engine.dispose()
 
 
 def _configure(connection: Any, _record: object) -> None:  # noqa: ANN401  a DBAPI connection, whatever the driver

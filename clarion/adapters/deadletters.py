@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 import structlog
 
+from clarion.adapters.database import insert_new
 from clarion.adapters.outbox import dead_letters, find_record
 from clarion.codec import decode
 from clarion.crashpoints import effect
@@ -105,7 +106,7 @@ def bury(
         "redrives": 0,
     }
     with effect("bus.deadletter"), database.transaction() as connection:
-        connection.execute(dead_letters.insert().prefix_with("OR IGNORE", dialect="sqlite"), letter)
+        insert_new(connection, dead_letters, [letter])
 
 
 def count_dead_letters(database: Database) -> int:

@@ -53,7 +53,7 @@ class EmbeddedBus:
         self._tries = tries
         self._patience_s = patience_s
         self._subscriptions: dict[str, _Subscription] = {}
-        database.create("bus", outbox.tables, outbox.SCHEMA_VERSION)
+        database.create(outbox.SCHEMA)
 
     def publish(self, events: Iterable[Event]) -> None:
         """Make the events durable."""

@@ -78,7 +78,7 @@ class Relay:
         # What the broker has been given and has not acknowledged: (position, future), in order.
         self._sent: list[tuple[int, Any]] = []
         self._relayed = 0
-        database.create("bus", outbox.tables, outbox.SCHEMA_VERSION)
+        database.create(outbox.SCHEMA)
 
     def step(self) -> bool:
         """Send a batch, or wait for what was sent; tell whether there may be more."""
@@ -213,7 +213,7 @@ class KafkaBus:
         self._tries = tries
         self._patience_s = patience_s
         self._subscriptions: list[_Subscription] = []
-        database.create("bus", outbox.tables, outbox.SCHEMA_VERSION)
+        database.create(outbox.SCHEMA)
 
     def publish(self, events: Iterable[Event]) -> None:
         """Make the events durable in the outbox; the relay takes them from there."""

@@ -1,16 +1,18 @@
 """The outbox: the `events` table that every stage writes in the transaction that changes its state.
 
-On the embedded bus this table is the bus; with Kafka a relay copies it, in order. Writers are one at a time, so
-positions are committed in their order and a reader that remembers the last one misses nothing.
+On the embedded bus this table is the bus; with Kafka a relay copies it, in order.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from clarion.adapters.database import BIG, TEXT, insert_new, lock, replace
+from clarion.adapters.schema import Schema
 from clarion.codec import Record, encode
 from clarion.crashpoints import effect
 
@@ -20,49 +22,53 @@ if TYPE_CHECKING:
     from clarion.adapters.database import Database
     from clarion.events import Event
 
-SCHEMA_VERSION = 1
+SCHEMA = Schema(stage="bus", folder=Path(__file__).parent / "migrations" / "bus", head="0001")
 
 tables = sa.MetaData()
 events_table = sa.Table(
     "events",
     tables,
-    sa.Column("position", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("event_id", sa.Text, nullable=False, unique=True),
-    sa.Column("kind", sa.Text, nullable=False, index=True),
-    sa.Column("subject", sa.Text, nullable=False, index=True),
-    sa.Column("headers", sa.Text, nullable=False),
+    sa.Column("position", BIG, primary_key=True, autoincrement=True),
+    sa.Column("event_id", TEXT, nullable=False, unique=True),
+    sa.Column("kind", TEXT, nullable=False, index=True),
+    sa.Column("subject", TEXT, nullable=False, index=True),
+    sa.Column("headers", TEXT, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
     sqlite_autoincrement=True,
 )
 consumers = sa.Table(
     "consumers",
     tables,
-    sa.Column("consumer", sa.Text, primary_key=True),
-    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("consumer", TEXT, primary_key=True),
+    sa.Column("position", BIG, nullable=False),
 )
 dead_letters = sa.Table(
     "dead_letters",
     tables,
-    sa.Column("consumer", sa.Text, primary_key=True),
-    sa.Column("origin", sa.Text, primary_key=True),
+    sa.Column("consumer", TEXT, primary_key=True),
+    sa.Column("origin", TEXT, primary_key=True),
     sa.Column("partition", sa.Integer, primary_key=True),
-    sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("event_id", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("subject", sa.Text, nullable=False),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("error", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("position", BIG, primary_key=True),
+    sa.Column("event_id", TEXT, nullable=False),
+    sa.Column("kind", TEXT, nullable=False),
+    sa.Column("subject", TEXT, nullable=False),
+    sa.Column("digest", TEXT, nullable=False),
+    sa.Column("error", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False),
     sa.Column("tries", sa.Integer, nullable=False),
-    sa.Column("time", sa.Text, nullable=False),
-    sa.Column("letter_id", sa.Text, nullable=False, unique=True),
-    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("time", TEXT, nullable=False),
+    sa.Column("letter_id", TEXT, nullable=False, unique=True),
+    sa.Column("state", TEXT, nullable=False, index=True),
     sa.Column("redrives", sa.Integer, nullable=False),
 )
 
 
-def record_events(connection: sa.Connection, events: Iterable[Event]) -> None:
-    """Write events within the caller's transaction; one that was written before is passed over."""
+def record_events(connection: sa.Connection, events: Iterable[Event]) -> int:
+    """Write events within the caller's transaction; one that was written before is passed over. Gives how many are new.
+
+    Positions are given in the order of the commits, so that a reader that remembers the last one misses none: until
+    this transaction ends no other one writes events.
+    """
     rows = [
         {
             "event_id": record.headers["ce_id"],
@@ -73,8 +79,10 @@ def record_events(connection: sa.Connection, events: Iterable[Event]) -> None:
         }
         for record in map(encode, events)
     ]
-    if rows:
-        connection.execute(events_table.insert().prefix_with("OR IGNORE", dialect="sqlite"), rows)
+    if not rows:
+        return 0
+    lock(connection, "events")
+    return insert_new(connection, events_table, rows)
 
 
 def publish(database: Database, events: Iterable[Event]) -> None:
@@ -96,10 +104,7 @@ def position_of(database: Database, consumer: str) -> int:
 def keep_position(database: Database, consumer: str, position: int) -> None:
     """Keep a reader's position."""
     with effect("bus.position"), database.transaction() as connection:
-        connection.execute(
-            consumers.insert().prefix_with("OR REPLACE", dialect="sqlite"),
-            {"consumer": consumer, "position": position},
-        )
+        replace(connection, consumers, {"consumer": consumer, "position": position})
 
 
 def record_of(row: sa.Row[tuple[object, ...]]) -> Record:

@@ -16,6 +16,7 @@ from fastapi.templating import Jinja2Templates
 from PIL import Image
 
 from clarion.elements import Walker
+from clarion.errors import TransientError
 from clarion.model import is_uid
 from clarion.service import read_heartbeats
 from console.checks import is_loopback
@@ -58,6 +59,7 @@ class Pages:
         """Make the application."""
         app = FastAPI(title="Clarion", docs_url=None, redoc_url=None, openapi_url=None)
         app.middleware("http")(self._guard)
+        app.add_exception_handler(TransientError, _away)
         app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")
         for path, handler in (("/", self.index), ("/fragment/studies", self.fragment), ("/studies/{uid}", self.study)):
             app.get(path, response_class=HTMLResponse)(handler)
@@ -178,6 +180,11 @@ class Pages:
 
     def _render(self, request: Request, name: str, values: dict[str, Any]) -> Response:
         return self._templates.TemplateResponse(request, name, values, headers={"Cache-Control": "no-store"})
+
+
+def _away(_request: Request, error: Exception) -> Response:
+    """Say that what the page reads from cannot be reached now; it tries again by itself."""
+    return PlainTextResponse(f"503: {error}\n", status_code=503, headers={"Retry-After": "5"})
 
 
 def _same(one: str, other: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.postgres import url_in
 
 from clarion.adapters.database import Database
 from clarion.adapters.deadletters import State, count_dead_letters, mark, read_dead_letters
@@ -23,11 +24,12 @@ class TestMemoryBus(EventBusSuite):
         return MemoryBus
 
 
+@pytest.mark.usefixtures("each_database")
 class TestEmbeddedBus(EventBusSuite):
     @pytest.fixture
     def make_bus(self, tmp_path: Path) -> MakeBus:
         def make(clock: Clock) -> EventBus:
-            return EmbeddedBus(Database(f"sqlite:///{tmp_path / 'bus.db'}"), clock)
+            return EmbeddedBus(Database(url_in(tmp_path)), clock)
 
         return make
 
@@ -50,7 +52,7 @@ class TestEmbeddedBus(EventBusSuite):
         bus.subscribe("suite", [JobStarted], Recorder(trouble=lambda _: PermanentError("the reason")))
         bus.publish([started("a", 1)])
         drain(bus)
-        database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+        database = Database(url_in(tmp_path))
         letters = read_dead_letters(database)
         assert [(one.consumer, one.error, one.reason) for one in letters] == [("suite", "PermanentError", "the reason")]
         assert [(one.consumer, one.behind) for one in read_lag(database)] == [("suite", 0)]
@@ -63,7 +65,7 @@ class TestEmbeddedBus(EventBusSuite):
         bus.subscribe("suite", [JobStarted], recorder)
         bus.publish([started("a", number) for number in range(1, 6)])
         drain(bus)
-        database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+        database = Database(url_in(tmp_path))
         letters = read_dead_letters(database)
         assert len(letters) == count_dead_letters(database) == 5
         broken = False
@@ -84,7 +86,7 @@ class TestEmbeddedBus(EventBusSuite):
         bus.subscribe("suite", [JobStarted], recorder)
         bus.publish([started("a", 1)])
         drain(bus)
-        database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
+        database = Database(url_in(tmp_path))
         seen = []
         for _ in range(3):
             (letter,) = read_dead_letters(database)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
 import pytest
 import yaml
+from support import postgres
 from support.dcmtk import storescu
 from support.kafka import Broker, start_broker
 from support.processes import start_pacs
@@ -24,10 +26,15 @@ def clarion(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([CLARION, *arguments], cwd=cwd, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_the_demo_on_kafka(kafka: Broker, tmp_path: Path) -> None:
-    """One line; SEG, RTSTRUCT and SR come back Verified as they do on the embedded bus."""
-    kept = tmp_path / "kept"
-    done = clarion("demo", "--once", "--json", "--kafka", kafka.address, "--keep", str(kept), cwd=tmp_path)
+def test_the_demo_on_kafka_and_postgresql(kafka: Broker, tmp_path: Path) -> None:
+    """One line; SEG, RTSTRUCT and SR come back Verified as they do on the embedded bus. Nothing stays in the server."""
+    kept, server = tmp_path / "kept", postgres.shared()
+    url = server.database("demo")
+    others = ("--kafka", kafka.address, "--database", url, "--keep", str(kept))
+    done = clarion("demo", "--once", "--json", *others, cwd=tmp_path)
+    with psycopg.connect(url) as connection:
+        left = connection.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'demo_%'").fetchall()
+    assert left == []
     log = (kept / "clarion.log").read_text() if (kept / "clarion.log").exists() else ""
     assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
     states = {one["modality"]: one["state"] for one in json.loads(done.stdout)["results"]}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import scipy.ndimage  # noqa: F401  as below
 import sqlalchemy as sa
+from support.postgres import url_in
 from support.results import make_results
 from support.world import Case, fork, make_series
 
@@ -96,10 +97,11 @@ def _refuse_the_first(event: Event) -> Exception | None:
     return PermanentError("the reason") if event.sequence == 1 else None
 
 
+@pytest.mark.usefixtures("each_database")
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_crash_while_a_dead_letter_is_written(side: str, tmp_path: Path) -> None:
     """It is written once, and the record behind it is still handled."""
-    url = f"sqlite:///{tmp_path / 'bus.db'}"
+    url = url_in(tmp_path)
 
     def consume(point: str | None) -> list[int]:
         crashpoints.arm(point)
@@ -123,7 +125,7 @@ class Ledgers:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.database = Database(f"sqlite:///{root / 'clarion.db'}")
+        self.database = Database(url_in(root))
         self.store = FileStore(root / "objects")
         create_tables(self.database)
         self.outbound = Outbound(self.database)
@@ -228,6 +230,7 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
 }
 
 
+@pytest.mark.usefixtures("each_database")
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_crash_in_what_only_happens_when_something_is_wrong(name: str, side: str, tmp_path: Path) -> None:

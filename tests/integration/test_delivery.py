@@ -23,6 +23,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a 
     StudyRootQueryRetrieveInformationModelFind,
 )
 from support.dcmtk import ENVIRONMENT, tool
+from support.postgres import url_in
 from support.processes import wait_for_port
 from support.world import free_port, pause
 
@@ -38,6 +39,8 @@ from clarion.testing.suites import MOMENT
 from gateway import tables
 from gateway.delivery import DeliveryStage
 from gateway.outbound import DeliveryRequests, Outbound, SupersededJobs
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 EXPLICIT = str(ExplicitVRLittleEndian)
 INSTANCES = 4
@@ -65,8 +68,8 @@ class Rig:
     def __init__(self, root: Path, port: int, **delivery: float) -> None:
         self.clock = ManualClock(MOMENT)
         self.store = MemoryStore()
-        self.database = Database(f"sqlite:///{root / 'clarion.db'}")
-        self.database.create("gateway", tables.metadata, tables.SCHEMA_VERSION)
+        self.database = Database(url_in(root))
+        self.database.create(tables.SCHEMA)
         bus = EmbeddedBus(self.database, self.clock)
         bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
         bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
@@ -333,8 +336,10 @@ def test_what_the_peer_lost_is_sent_again_alone(tmp_path: Path) -> None:
     with peer(lambda uid, _: arrivals.append(uid) or 0) as pacs:  # type: ignore[func-returns-value]
         rig = Rig(tmp_path, pacs.port)
         rig.request()
-        while len(arrivals) < INSTANCES or not rig.stage.idle():
+        while len(arrivals) < INSTANCES:
             rig.stage.step()
+            pause(0.005)
+        while not rig.stage.idle():
             pause(0.005)
         del pacs.stored["1.2.3.2"]
         assert rig.settle().state == "verified"

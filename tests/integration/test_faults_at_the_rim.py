@@ -263,7 +263,7 @@ BROKEN = [
     ("pipelines: [{id: a, file: nowhere.yaml}]", "cannot be read"),
     ("pipelines: [{id: a, file: 'builtin:chest-ct', destinations: [x]}]", "no destination 'x'"),
     ("console: {host: 0.0.0.0}", "console.token"),
-    ("database: {url: 'mysql://x'}", "only sqlite"),
+    ("database: {url: 'mysql://x'}", "postgresql://USER:PASSWORD@HOST:PORT/NAME"),
     ("data: [1", "is not YAML"),
     ("data: a\ndata: b", "written twice"),
     ("gateway: {sources: [{ae_title: A, host: 10.0.0.0/99}]}", "host"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from support.postgres import url_in
 
 from clarion.adapters.database import Database
 from clarion.adapters.embedded import EmbeddedBus
@@ -59,7 +60,7 @@ class Rig:
     def __post_init__(self) -> None:
         self.clock = ManualClock(MOMENT)
         self.store = FileStore(self.root / "objects")
-        self.database = Database(f"sqlite:///{self.root / 'clarion.db'}")
+        self.database = Database(url_in(self.root))
         EmbeddedBus(self.database, self.clock)
         titles = [{"ae_title": "B", "settings": self.settings, "overwrite_same_instance": self.overwrite}]
         config = GatewayConfig.model_validate({

@@ -215,13 +215,16 @@ class Case:
 # Judgement -------------------------------------------------------------------------------------------------------
 
 
-def judge(root: Path, acknowledged: set[tuple[str, ...]], *, studies: int, final: str = "Verified") -> None:
+def judge(
+    root: Path, acknowledged: set[tuple[str, ...]], *, studies: int, final: str = "Verified", url: str | None = None
+) -> None:
     """I1 to I6: nothing lost, no event without instance, results once, order dense, nothing stuck.
 
     `acknowledged` is the sender's list of (SOP Instance UID, digest); what it was not told of may be there as well,
     when an answer was lost on its way.
     """
-    database, store = Database(f"sqlite:///{root / 'data' / 'clarion.db'}"), FileStore(root / "data" / "objects")
+    database = Database(url or f"sqlite:///{root / 'data' / 'clarion.db'}")
+    store = FileStore(root / "data" / "objects")
     with database.reading() as connection:
         _judge_instances(connection, store, acknowledged)
         _judge_events(connection)

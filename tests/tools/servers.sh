@@ -3,6 +3,7 @@
 set -euo pipefail
 declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace [/usr/bin/java]=default-jre-headless [/usr/bin/mvn]=maven)
 missing=()
+compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null || missing+=(postgresql)
 for program in "${!wanted[@]}"; do [ -x "$program" ] || missing+=("${wanted[$program]}"); done
 [ ${#missing[@]} -gt 0 ] || exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
@@ -10,8 +11,8 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   for try in 1 2 3; do
     if apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/tmp/clarion-servers.log 2>&1; then
-      # Orthanc's package starts a server of its own; the tests start theirs on free ports.
-      service orthanc stop >/dev/null 2>&1 || true
+      # These packages start servers of their own; the tests start theirs on free ports.
+      for one in orthanc postgresql; do service "$one" stop >/dev/null 2>&1 || true; done
       exit 0
     fi
     echo "servers: try $try failed"

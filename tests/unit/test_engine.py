@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from support.postgres import url_in
 from support.world import fork
 
 from clarion.adapters.database import Database
@@ -27,6 +28,8 @@ from clarion.testing.suites import MOMENT
 from orchestrator.engine import Engine
 from orchestrator.ledger import JobRequests, Ledger, jobs
 from orchestrator.payload import remove, seal
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 DEFINITION = b"""api-version: 0.7.0
 name: p
@@ -44,7 +47,7 @@ class Rig:
         self.root = root
         self.clock = ManualClock(MOMENT)
         self.store = MemoryStore()
-        self.database = Database(f"sqlite:///{root / 'clarion.db'}")
+        self.database = Database(url_in(root))
         self.ledger = Ledger(self.database, self.clock)
         self.seen: list[int] = []
         self.executor = InlineExecutor(run or self.operator)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from support.postgres import url_in
 
 from clarion.adapters.database import Database
 from clarion.adapters.embedded import EmbeddedBus
@@ -25,6 +26,8 @@ from gateway.grouping import Grouping
 from gateway.journal import JournalWriter
 from gateway.queries import list_blocked_groups, list_studies
 from gateway.registry import CalledEntity
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 
 class GoodRule:
@@ -49,7 +52,7 @@ class Rig:
         self.clock = ManualClock(MOMENT)
         self.store = MemoryStore()
         self.writer = JournalWriter(root / "journal", self.clock)
-        self.database = Database(f"sqlite:///{root / 'clarion.db'}")
+        self.database = Database(url_in(root))
         EmbeddedBus(self.database, self.clock)
         entity = CalledEntity(ae_title="B", rule_name="r", rule=rule, overwrite_same_instance=False)
         self.grouping = Grouping(

@@ -1,0 +1,1 @@
+"""How Alembic is run; the migrations of the outbox."""

@@ -1,0 +1,1 @@
+"""The stage's tables, oldest version first."""
