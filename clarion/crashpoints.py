@@ -60,6 +60,12 @@ EFFECTS = (
     "delivery.supersede",
     "commitment.report",
     "ledger.handback",
+    "ledger.retry",
+    "delivery.replay",
+    "replay.plan",
+    "replay.state",
+    "replay.order",
+    "replay.settle",
 )
 
 passes: dict[str, int] = {}

@@ -174,7 +174,10 @@ class GroupDiscarded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequested(Event):
-    """A pipeline is to be run on a revision of a group."""
+    """A pipeline is to be run on a revision of a group.
+
+    `attempt_class` counts forced replays of the same work; `replay` names the replay that asked for it, or is empty.
+    """
 
     kind: ClassVar[str] = "job.requested.v1"
 
@@ -187,6 +190,17 @@ class JobRequested(Event):
     priority: str
     destinations: tuple[str, ...]
     studies: tuple[str, ...]
+    attempt_class: int = 0
+    replay: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRetried(Event):
+    """A job that had failed was taken up again, with a new budget of attempts, by a replay."""
+
+    kind: ClassVar[str] = "job.retried.v1"
+
+    replay: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +311,16 @@ class DeliveryFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryRetried(Event):
+    """A delivery was taken up again with a new budget: by a replay, or by a person when `replay` is empty."""
+
+    kind: ClassVar[str] = "delivery.retried.v1"
+
+    destination: str
+    replay: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverySuperseded(Event):
     """A delivery that had not been made was given up: a newer revision of the group has a job of its own."""
 
@@ -315,6 +339,54 @@ class ResultVerified(Event):
     how: str
 
 
+# Subject: replay id ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayPlanned(Event):
+    """A replay was planned; `plan_digest` is the hash over all that it will do, `items` what it will do."""
+
+    kind: ClassVar[str] = "replay.planned.v1"
+
+    mode: str
+    by: str
+    plan_digest: str
+    items: int
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayOrdered(Event):
+    """A step of a replay is to be done by the stage that keeps its target.
+
+    `action` is `retry` (the job `job_id` gets a new budget, and its results go to `destinations` alone) or `send` (its
+    results go to them, whatever was sent there before).
+    """
+
+    kind: ClassVar[str] = "replay.ordered.v1"
+
+    action: str
+    job_id: str
+    destinations: tuple[str, ...]
+    result_set: ObjectRef | None
+    set_digest: str
+    instances: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayFinished(Event):
+    """A replay has come to its end, or was ended; the counts are of its items."""
+
+    kind: ClassVar[str] = "replay.finished.v1"
+
+    state: str
+    plan_digest: str
+    done: int
+    failed: int
+    left: int
+    reason: str
+
+
 ALL: tuple[type[Event], ...] = (
     InstanceStored,
     InstanceIgnored,
@@ -327,6 +399,7 @@ ALL: tuple[type[Event], ...] = (
     GroupBlocked,
     GroupDiscarded,
     JobRequested,
+    JobRetried,
     JobStarted,
     JobSucceeded,
     JobFailed,
@@ -336,6 +409,10 @@ ALL: tuple[type[Event], ...] = (
     DeliveryRequested,
     ResultDelivered,
     DeliveryFailed,
+    DeliveryRetried,
     DeliverySuperseded,
     ResultVerified,
+    ReplayPlanned,
+    ReplayOrdered,
+    ReplayFinished,
 )

@@ -228,6 +228,16 @@ class ResultSet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of events in the table `events` or in a topic's partition: from `position` on, before `end`."""
+
+    origin: str
+    partition: int
+    position: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorWork:
     """One operator of a job's attempt, ready for an executor.
 

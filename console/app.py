@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from gateway.grouping import Grouping
     from gateway.scp import Scp
     from orchestrator.engine import Engine
+    from streams.match import ResolvedPipeline
+    from streams.replay import EventHistory
     from streams.stage import StreamsStage
 
 _DRAIN_S = 15.0
@@ -115,23 +117,47 @@ class App:
 
     def streams(self) -> StreamsStage:
         """The stream handlers."""
-        from streams.stage import StreamsStage, resolve  # noqa: PLC0415  as above
+        from streams.stage import StreamsStage  # noqa: PLC0415  as above
 
-        described = [
-            (one.id, self.checked.definitions[one.id], one.destinations) for one in self.checked.config.pipelines
-        ]
-        return StreamsStage(bus=self.bus(), database=self.database, pipelines=resolve(described, self.store))
+        return StreamsStage(
+            bus=self.bus(),
+            database=self.database,
+            clock=self.clock,
+            pipelines=self.pipelines(),
+            history=self.history(),
+        )
+
+    def pipelines(self) -> tuple[ResolvedPipeline, ...]:
+        """The pipelines as configured now, each definition kept as an object."""
+        from streams.stage import resolve  # noqa: PLC0415  as above
+
+        configured = self.checked.config.pipelines
+        described = [(one.id, self.checked.definitions[one.id], one.destinations) for one in configured]
+        return resolve(described, self.store)
+
+    def history(self) -> EventHistory:
+        """What was said before: the topics, or the table of events."""
+        from clarion.adapters.history import OutboxHistory  # noqa: PLC0415  as above
+
+        if self.checked.config.bus.kind == "embedded":
+            return OutboxHistory(self.database)
+        from clarion.adapters.kafka_history import KafkaHistory  # noqa: PLC0415  an extra
+        from console.topics import kafka_of  # noqa: PLC0415  as above
+
+        return KafkaHistory(kafka_of(self.checked.config))
 
     def orchestrator(self, executor: Executor | None = None) -> Engine:
         """The orchestrator, with the local executor unless given another."""
-        from clarion.events import JobRequested  # noqa: PLC0415  as above
+        from clarion.events import JobRequested, ReplayOrdered  # noqa: PLC0415  as above
         from clarion.loading import build  # noqa: PLC0415  as above
         from orchestrator.engine import Engine  # noqa: PLC0415  as above
-        from orchestrator.ledger import JobRequests, Ledger  # noqa: PLC0415  as above
+        from orchestrator.ledger import Ledger  # noqa: PLC0415  as above
+        from orchestrator.requests import JobRequests, JobRetries  # noqa: PLC0415  as above
 
         ledger = Ledger(self.database, self.clock)
         bus = self.bus()
         bus.subscribe("ledger", [JobRequested], JobRequests(self.database))
+        bus.subscribe("ledger-replays", [ReplayOrdered], JobRetries(self.database))
         return Engine(
             config=self.checked.config.orchestrator,
             bus=bus,
@@ -144,15 +170,21 @@ class App:
 
     def delivery(self) -> DeliveryStage:
         """Delivering results."""
-        from clarion.events import DeliveryRequested, JobSuperseded  # noqa: PLC0415  as above
+        from clarion.events import DeliveryRequested, JobSuperseded, ReplayOrdered  # noqa: PLC0415  as above
         from gateway import tables  # noqa: PLC0415  as above
         from gateway.delivery import DeliveryStage  # noqa: PLC0415  as above
-        from gateway.outbound import DeliveryRequests, Outbound, SupersededJobs  # noqa: PLC0415  as above
+        from gateway.outbound import Outbound  # noqa: PLC0415  as above
+        from gateway.requests import (  # noqa: PLC0415  as above
+            DeliveryRequests,
+            ReplayedDeliveries,
+            SupersededJobs,
+        )
 
         bus = self.bus()
         self.database.create(tables.SCHEMA)
         bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
         bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
+        bus.subscribe("delivery-replays", [ReplayOrdered], ReplayedDeliveries(self.database, self.store))
         return DeliveryStage(
             config=self.checked.config.gateway,
             bus=bus,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clarion.adapters import outbox
 from gateway import tables
 from orchestrator import ledger
-from streams import timeline
+from streams import tables as streams_tables
 
 if TYPE_CHECKING:
     from clarion.adapters.database import Database
@@ -18,4 +18,4 @@ def create_tables(database: Database) -> None:
     database.create(outbox.SCHEMA)
     database.create(tables.SCHEMA)
     database.create(ledger.SCHEMA)
-    database.create(timeline.SCHEMA)
+    database.create(streams_tables.SCHEMA)

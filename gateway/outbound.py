@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from clarion import events
-from clarion.adapters.database import insert_new, lock, replace
+from clarion.adapters.database import replace
 from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
-from clarion.model import ObjectRef, ResultInstance, ResultSet
+from clarion.model import ObjectRef, ResultInstance
 from gateway import tables
 from gateway.statuses import Outcome, classify, describe
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from clarion.adapters.database import Database
-    from clarion.events import Event
-    from clarion.ports import ObjectStore
 
 SOURCE = "gateway"
 WAITING, SENT, VERIFIED, UNVERIFIED, FAILED = "waiting", "sent", "verified", "unverified", "failed"
@@ -53,87 +51,6 @@ class Item:
 
     instance: ResultInstance
     status: int | None
-
-
-class DeliveryRequests:
-    """The handler of delivery.requested: a row per delivery and per instance."""
-
-    def __init__(self, database: Database, store: ObjectStore) -> None:
-        self._database = database
-        self._store = store
-
-    def handle(self, event: Event) -> Iterable[Event]:
-        """Note the delivery; passed over when it is known."""
-        if not isinstance(event, events.DeliveryRequested):
-            return ()
-        instances = ResultSet.decode(self._store.read(event.result_set)).instances
-        with effect("delivery.request"), self._database.transaction() as connection:
-            lock(connection, "deliveries", event.job_id)
-            if insert_new(connection, _table, [_row_of(event)]) == 0:
-                return ()
-            rows = [
-                {
-                    "delivery_id": event.subject,
-                    "sop_instance_uid": instance.sop_instance_uid,
-                    "position": position,
-                    "described": asdict(instance),
-                    "status": None,
-                    "note": "",
-                }
-                for position, instance in enumerate(instances)
-            ]
-            insert_new(connection, _items, rows)
-            _supersede(connection, event.job_id, event.time)
-        return ()
-
-
-def _row_of(event: events.DeliveryRequested) -> dict[str, Any]:
-    return {
-        "delivery_id": event.subject,
-        "job_id": event.job_id,
-        "destination": event.destination,
-        "result_set": asdict(event.result_set),
-        "state": WAITING,
-        "sequence": event.sequence,
-        "attempts": 0,
-        "spent": 0,
-        "due": event.time.isoformat(),
-        "requested": event.time.isoformat(),
-        "reason": "",
-    }
-
-
-class SupersededJobs:
-    """The handler of job.superseded: results of an older revision that have not left yet are not sent."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def handle(self, event: Event) -> Iterable[Event]:
-        """Give up the job's deliveries that wait or failed; one that was made, or is verified, stays as it is."""
-        if not isinstance(event, events.JobSuperseded):
-            return ()
-        with effect("delivery.supersede"), self._database.transaction() as connection:
-            lock(connection, "deliveries", event.subject)
-            replace(connection, tables.superseded_jobs, {"job_id": event.subject, "by": event.by})
-            _supersede(connection, event.subject, event.time)
-        return ()
-
-
-def _supersede(connection: sa.Connection, job_id: str, now: datetime) -> None:
-    """Give up what of a superseded job's deliveries has not been made."""
-    table = tables.superseded_jobs
-    by = connection.execute(sa.select(table.c.by).where(table.c.job_id == job_id)).scalar_one_or_none()
-    if by is None:
-        return
-    here = sa.and_(_table.c.job_id == job_id, _table.c.state.in_((WAITING, FAILED)))
-    waiting = connection.execute(sa.select(_table.c.delivery_id, _table.c.destination).where(here)).all()
-    said = [
-        events.DeliverySuperseded(**_next(connection, row.delivery_id, now), destination=row.destination)
-        for row in waiting
-    ]
-    connection.execute(_table.update().where(here).values(state=SUPERSEDED, reason=f"by job {by}"))
-    record_events(connection, said)
 
 
 class Outbound:
@@ -192,7 +109,7 @@ class Outbound:
             if not _is(connection, delivery.delivery_id, WAITING):
                 return
             event = events.ResultDelivered(
-                **_next(connection, delivery.delivery_id, now),
+                **next_of_delivery(connection, delivery.delivery_id, now),
                 destination=delivery.destination,
                 instances=statuses,
             )
@@ -216,7 +133,7 @@ class Outbound:
         self, connection: sa.Connection, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None
     ) -> None:
         event = events.DeliveryFailed(
-            **_next(connection, delivery.delivery_id, now),
+            **next_of_delivery(connection, delivery.delivery_id, now),
             destination=delivery.destination,
             attempt=delivery.attempts,
             reason=reason,
@@ -259,7 +176,7 @@ class Outbound:
         """The peer keeps every instance: verified."""
         with effect("delivery.verify"), self._database.transaction() as connection:
             event = events.ResultVerified(
-                **_next(connection, delivery.delivery_id, now), destination=delivery.destination, how=how
+                **next_of_delivery(connection, delivery.delivery_id, now), destination=delivery.destination, how=how
             )
             self._change(connection, delivery.delivery_id, state=VERIFIED, reason=how)
             record_events(connection, [event])
@@ -304,6 +221,10 @@ class Outbound:
             connection.execute(_table.update().where(_table.c.delivery_id.in_(taken)).values(**fresh))
             for delivery_id in taken:
                 _forget_refusals(connection, delivery_id)
+                common = next_of_delivery(connection, delivery_id, now)
+                where = sa.select(_table.c.destination).where(_table.c.delivery_id == delivery_id)
+                destination = connection.execute(where).scalar_one()
+                record_events(connection, [events.DeliveryRetried(**common, destination=destination, replay="")])
         return taken
 
     def _change(self, connection: sa.Connection, delivery_id: str, **values: object) -> None:
@@ -316,7 +237,7 @@ def _is(connection: sa.Connection, delivery_id: str, state: str) -> bool:
     return bool(connection.execute(query).scalar_one() == state)
 
 
-def _next(connection: sa.Connection, delivery_id: str, now: datetime) -> dict[str, Any]:
+def next_of_delivery(connection: sa.Connection, delivery_id: str, now: datetime) -> dict[str, Any]:
     """Count up the delivery's event sequence; give what its events carry."""
     here = _table.c.delivery_id == delivery_id
     connection.execute(_table.update().where(here).values(sequence=_table.c.sequence + 1))

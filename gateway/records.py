@@ -163,7 +163,7 @@ class Records:
             event = events.GroupOpened(**common, rule=entity.rule_name, called_ae=entity.ae_title)
         else:
             event = events.GroupRevised(**common, revision=row["revision"] + 1)
-        record_events(connection, [event])
+        record_events(connection, [event], cause=instance.study_uid)
 
     def _ignored(self, connection: sa.Connection, entry: journal.Entry) -> None:
         fields = {**_NOTHING_KNOWN, **entry.fields}

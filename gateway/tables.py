@@ -147,6 +147,8 @@ deliveries = sa.Table(
     sa.Column("reason", TEXT, nullable=False, default=""),
     sa.Column("transaction_uid", TEXT, nullable=True),
     sa.Column("verify_until", TEXT, nullable=True),
+    # The last order of a replay that was followed: seen again, it is passed over.
+    sa.Column("followed", TEXT, nullable=False, default=""),
 )
 
 # Jobs whose results must not leave any more; kept, since the request of their delivery may come later.

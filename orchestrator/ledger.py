@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from clarion import events
-from clarion.adapters.database import TEXT, insert_new, lock
+from clarion.adapters.database import TEXT
 from clarion.adapters.outbox import record_events
 from clarion.adapters.schema import Schema
 from clarion.crashpoints import effect
-from clarion.model import PRIORITIES, ObjectRef, ResultSet
+from clarion.model import ObjectRef, ResultSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +41,10 @@ jobs = sa.Table(
     sa.Column("definition", sa.JSON, nullable=False),
     sa.Column("group_id", TEXT, nullable=False, index=True),
     sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("attempt_class", sa.Integer, nullable=False),
+    sa.Column("replay", TEXT, nullable=False),
+    # The last order of a replay that was followed: seen again, it is passed over.
+    sa.Column("followed", TEXT, nullable=False),
     sa.Column("manifest", sa.JSON, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("destinations", sa.JSON, nullable=False),
@@ -98,78 +102,14 @@ class Failure:
     rules: tuple[str, ...] = ()
 
 
-class JobRequests:
-    """The handler of job.requested: a row per job."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def handle(self, event: Event) -> Iterable[Event]:
-        """Enter the job; passed over when it is known. Older revisions of its group are superseded."""
-        if not isinstance(event, events.JobRequested):
-            return ()
-        with effect("ledger.request"), self._database.transaction() as connection:
-            lock(connection, "jobs", event.group_id)
-            newest = _newest_revision(connection, event)
-            if insert_new(connection, jobs, [_row_of(event)]) == 0:
-                return ()
-            if newest is not None and newest.revision > event.revision:
-                _supersede(connection, event.subject, by=newest.job_id, now=event.time)
-            else:
-                self._supersede_older(connection, event)
-        return ()
-
-    def _supersede_older(self, connection: sa.Connection, event: events.JobRequested) -> None:
-        older = connection.execute(
-            sa.select(jobs.c.job_id).where(
-                jobs.c.group_id == event.group_id,
-                jobs.c.pipeline_id == event.pipeline_id,
-                jobs.c.revision < event.revision,
-                jobs.c.state != SUPERSEDED,
-            )
-        ).scalars()
-        for job_id in older.all():
-            _supersede(connection, job_id, by=event.subject, now=event.time)
-
-
-def _row_of(event: events.JobRequested) -> dict[str, Any]:
-    return {
-        "job_id": event.subject,
-        "name": event.name,
-        "pipeline_id": event.pipeline_id,
-        "definition": asdict(event.definition),
-        "group_id": event.group_id,
-        "revision": event.revision,
-        "manifest": asdict(event.manifest),
-        "priority": PRIORITIES.index(event.priority if event.priority in PRIORITIES else "normal"),
-        "destinations": list(event.destinations),
-        "state": REQUESTED,
-        "attempt": 0,
-        "retries": 0,
-        "sequence": event.sequence,
-        "requested": event.time.isoformat(),
-        "cause": "",
-        "operator": "",
-        "reason": "",
-    }
-
-
-def _newest_revision(connection: sa.Connection, event: events.JobRequested) -> Any:  # noqa: ANN401  a row or None
-    return connection.execute(
-        sa.select(jobs.c.job_id, jobs.c.revision)
-        .where(jobs.c.group_id == event.group_id, jobs.c.pipeline_id == event.pipeline_id)
-        .order_by(jobs.c.revision.desc())
-        .limit(1)
-    ).one_or_none()
-
-
-def _supersede(connection: sa.Connection, job_id: str, *, by: str, now: datetime) -> None:
-    common = _next(connection, job_id, now)
+def supersede(connection: sa.Connection, job_id: str, *, by: str, now: datetime) -> None:
+    """Let another job take this one's place, within the caller's transaction."""
+    common = next_of_job(connection, job_id, now)
     connection.execute(jobs.update().where(jobs.c.job_id == job_id).values(state=SUPERSEDED, finished=now.isoformat()))
     record_events(connection, [events.JobSuperseded(**common, by=by)])
 
 
-def _next(connection: sa.Connection, job_id: str, now: datetime) -> dict[str, Any]:
+def next_of_job(connection: sa.Connection, job_id: str, now: datetime) -> dict[str, Any]:
     """Count up the job's event sequence; give what every event carries."""
     connection.execute(jobs.update().where(jobs.c.job_id == job_id).values(sequence=jobs.c.sequence + 1))
     sequence = connection.execute(sa.select(jobs.c.sequence).where(jobs.c.job_id == job_id)).scalar_one()
@@ -224,7 +164,7 @@ class Ledger:
                     retries=jobs.c.retries + (1 if job.state == RUNNING else 0),
                 )
             )
-            common = _next(connection, job.job_id, now)
+            common = next_of_job(connection, job.job_id, now)
             for name in operator_names:
                 connection.execute(
                     operators.insert().values(
@@ -266,10 +206,10 @@ class Ledger:
             if not _still_running(connection, job.job_id, attempt):
                 return
             succeeded = events.JobSucceeded(
-                **_next(connection, job.job_id, now), attempt=attempt, results=len(result_set.instances)
+                **next_of_job(connection, job.job_id, now), attempt=attempt, results=len(result_set.instances)
             )
             registered = events.ResultRegistered(
-                **_next(connection, job.job_id, now),
+                **next_of_job(connection, job.job_id, now),
                 result_set=ref,
                 set_digest=result_set.digest,
                 instances=len(result_set.instances),
@@ -292,12 +232,12 @@ class Ledger:
             if quarantined is not None:
                 said.append(
                     events.ResultBlocked(
-                        **_next(connection, job.job_id, now), rules=failure.rules, result_set=quarantined
+                        **next_of_job(connection, job.job_id, now), rules=failure.rules, result_set=quarantined
                     )
                 )
             said.append(
                 events.JobFailed(
-                    **_next(connection, job.job_id, now),
+                    **next_of_job(connection, job.job_id, now),
                     attempt=attempt,
                     cause=failure.cause,
                     operator=failure.operator,

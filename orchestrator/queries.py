@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from clarion.model import PRIORITIES, ObjectRef
-from orchestrator.ledger import jobs, operators
+from orchestrator.ledger import SUCCEEDED, jobs, operators
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from clarion.adapters.database import Database
 
 
@@ -87,6 +91,53 @@ def list_jobs(database: Database, job_ids: list[str]) -> list[JobRow]:
         )
         for row in rows
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupJob:
+    """A job as a replay's plan needs it; `version` is the digest of its pipeline's definition."""
+
+    job_id: str
+    pipeline_id: str
+    version: str
+    group_id: str
+    revision: int
+    attempt_class: int
+    state: str
+    cause: str
+    result_set: ObjectRef | None
+
+
+def jobs_of_groups(database: Database, group_ids: Sequence[str]) -> list[GroupJob]:
+    """List the jobs of some groups, in the order of their requests."""
+    query = sa.select(jobs).where(jobs.c.group_id.in_(group_ids)).order_by(jobs.c.requested, jobs.c.attempt_class)
+    with database.reading() as connection:
+        return [
+            GroupJob(
+                job_id=row.job_id,
+                pipeline_id=row.pipeline_id,
+                version=row.definition["digest"],
+                group_id=row.group_id,
+                revision=row.revision,
+                attempt_class=row.attempt_class,
+                state=row.state,
+                cause=row.cause,
+                result_set=ObjectRef(**row.result_set) if row.result_set else None,
+            )
+            for row in connection.execute(query)
+        ]
+
+
+def mean_minutes(database: Database, lately: int = 200) -> dict[str, float]:
+    """Say how many minutes the latest jobs of each pipeline that succeeded have taken on average."""
+    here = sa.and_(jobs.c.state == SUCCEEDED, jobs.c.started.is_not(None), jobs.c.finished.is_not(None))
+    query = sa.select(jobs.c.pipeline_id, jobs.c.started, jobs.c.finished).where(here)
+    taken: dict[str, list[float]] = {}
+    with database.reading() as connection:
+        for row in connection.execute(query.order_by(jobs.c.finished.desc()).limit(lately)):
+            span = datetime.fromisoformat(row.finished) - datetime.fromisoformat(row.started)
+            taken.setdefault(row.pipeline_id, []).append(span.total_seconds() / 60)
+    return {pipeline_id: statistics.fmean(values) for pipeline_id, values in taken.items()}
 
 
 def count_jobs(database: Database) -> dict[str, int]:

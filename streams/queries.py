@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from streams.timeline import timeline
+from streams.tables import timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
 from clarion.loading import build, find, names
-from streams.match import ResolvedPipeline
+from streams.match import Match, ResolvedPipeline
+from streams.replay import ReplayRunner
 from streams.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from clarion.adapters.database import Database
-    from clarion.ports import EventBus, ObjectStore
+    from clarion.ports import Clock, EventBus, ObjectStore
+    from streams.replay import EventHistory
 
 HANDLERS = "clarion.handlers"
 
@@ -32,17 +34,27 @@ def resolve(
 class StreamsStage:
     """Hands events to every handler there is."""
 
-    def __init__(self, *, bus: EventBus, database: Database, pipelines: tuple[ResolvedPipeline, ...]) -> None:
+    def __init__(
+        self,
+        *,
+        bus: EventBus,
+        database: Database,
+        clock: Clock,
+        pipelines: tuple[ResolvedPipeline, ...],
+        history: EventHistory,
+    ) -> None:
         self._bus = bus
         timeline = Timeline(database)
         bus.subscribe("timeline", timeline.kinds, timeline)
         for name in names(HANDLERS):
             settings = {"pipelines": pipelines} if name == "match" else {}
             bus.subscribe(name, find(HANDLERS, name).kinds, build(HANDLERS, name, settings))
+        match = Match(Match.Config(pipelines=pipelines))
+        self._replay = ReplayRunner(database, clock, history=history, match=match)
 
     def step(self) -> bool:
-        """Handle a batch."""
-        return self._bus.step()
+        """Handle a batch; a replay goes on only when no live event waits."""
+        return self._bus.step() or self._replay.step()
 
     def facts(self) -> dict[str, object]:
         """Name the handlers."""

@@ -7,16 +7,15 @@ group, a delivery to those of its job; `timeline_links` remembers that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import sqlalchemy as sa
 
 from clarion import events
-from clarion.adapters.database import BIG, TEXT, insert_new
-from clarion.adapters.schema import Schema
+from clarion.adapters.database import insert_new
 from clarion.crashpoints import effect
 from clarion.errors import TransientError
+from streams.tables import SCHEMA, links, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,31 +23,7 @@ if TYPE_CHECKING:
     from clarion.adapters.database import Database
     from clarion.events import Event
 
-SCHEMA = Schema(stage="streams", folder=Path(__file__).parent / "migrations", head="0001")
 _WAIT_S = 1.0
-
-metadata = sa.MetaData()
-timeline = sa.Table(
-    "timeline",
-    metadata,
-    sa.Column("position", BIG, primary_key=True, autoincrement=True),
-    sa.Column("study_uid", TEXT, nullable=False, index=True),
-    sa.Column("event_id", TEXT, nullable=False),
-    sa.Column("kind", TEXT, nullable=False),
-    sa.Column("subject", TEXT, nullable=False),
-    sa.Column("parent", TEXT, nullable=False),
-    sa.Column("time", TEXT, nullable=False),
-    sa.Column("state", TEXT, nullable=False),
-    sa.Column("text", TEXT, nullable=False),
-    sa.UniqueConstraint("study_uid", "event_id"),
-    sqlite_autoincrement=True,
-)
-links = sa.Table(
-    "timeline_links",
-    metadata,
-    sa.Column("subject", TEXT, primary_key=True),
-    sa.Column("study_uid", TEXT, primary_key=True),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +82,10 @@ def _job_line(event: Event) -> _Line | None:
     match event:
         case events.JobRequested():
             text = f"Pipeline {event.pipeline_id} requested as {event.name}"
+            text += f", by replay {event.replay}" if event.replay else ""
             return _Line("Triggered", text, event.studies, event.group_id)
+        case events.JobRetried():
+            return _Line("Triggered", f"Taken up again by replay {event.replay}")
         case events.JobStarted():
             return _Line("Running", f"Attempt {event.attempt} started")
         case events.JobSucceeded():
@@ -132,6 +110,9 @@ def _delivery_line(event: Event) -> _Line | None:
         case events.DeliveryFailed():
             text = f"Delivery to {event.destination} failed (attempt {event.attempt}): {event.reason}"
             return _Line("Failed" if event.final else "Produced", text if event.final else f"{text}; tried again")
+        case events.DeliveryRetried():
+            who = f"replay {event.replay}" if event.replay else "a person"
+            return _Line("Produced", f"Delivery to {event.destination} taken up again by {who}")
         case events.DeliverySuperseded():
             return _Line("Superseded", f"Given up for {event.destination}: a newer revision takes its place")
         case events.ResultVerified():
@@ -142,7 +123,11 @@ def _delivery_line(event: Event) -> _Line | None:
 class Timeline:
     """Writes the story down."""
 
-    kinds: ClassVar = tuple(kind for kind in events.ALL if kind not in {events.InstanceStored, events.ResultRegistered})
+    kinds: ClassVar = tuple(
+        kind
+        for kind in events.ALL
+        if kind not in {events.InstanceStored, events.ResultRegistered} and not kind.kind.startswith("replay.")
+    )
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 import structlog
 
 from clarion.adapters.database import insert_new
-from clarion.adapters.outbox import dead_letters, find_record
+from clarion.adapters.outbox import dead_letters, find_record, publish
 from clarion.codec import decode
 from clarion.crashpoints import effect
 from clarion.errors import BusUnavailableError, describe
@@ -19,12 +19,11 @@ from clarion.model import derive
 from clarion.patience import reason_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
 
     from clarion.adapters.database import Database
     from clarion.codec import Record
-    from clarion.events import Event
     from clarion.plugins import StreamHandler
 
 log = structlog.get_logger()
@@ -144,9 +143,7 @@ def mark(database: Database, letter_ids: Iterable[str], state: State) -> list[st
     return found
 
 
-def redrive(
-    database: Database, handlers: Mapping[str, StreamHandler], publish: Callable[[Iterable[Event]], None]
-) -> bool:
+def redrive(database: Database, handlers: Mapping[str, StreamHandler]) -> bool:
     """Let the consumers of one process see again what a person asked for; tell whether there was any.
 
     A letter whose event fails again is open again with the new reason; after MOST_REDRIVES it is in quarantine. What
@@ -154,22 +151,20 @@ def redrive(
     """
     asked = read_dead_letters(database, _BATCH, states=(State.REDRIVE,), consumers=handlers)
     for letter in reversed(asked):
-        reason = _try_again(database, letter, handlers[letter.consumer], publish)
+        reason = _try_again(database, letter, handlers[letter.consumer])
         failed = State.QUARANTINED if letter.redrives + 1 >= MOST_REDRIVES else State.OPEN
         state = State.REDRIVEN if reason is None else failed
         _settle(database, letter, state, reason or letter.reason)
     return bool(asked)
 
 
-def _try_again(
-    database: Database, letter: DeadLetter, handler: StreamHandler, publish: Callable[[Iterable[Event]], None]
-) -> str | None:
+def _try_again(database: Database, letter: DeadLetter, handler: StreamHandler) -> str | None:
     """Hand a letter's event to its handler; gives why that failed, None when it did not."""
     record = find_record(database, letter.event_id)
     if record is None:
         return "the record was not published by Clarion; it lies where the letter says and cannot be handled"
     try:
-        publish(handler.handle(decode(record)))
+        publish(database, handler.handle(decode(record)), cause=record.key)
     except BusUnavailableError:
         raise
     except Exception as error:  # noqa: BLE001  whatever it raises is the letter's new reason

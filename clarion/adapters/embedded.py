@@ -68,7 +68,7 @@ class EmbeddedBus:
         """Hand a batch of what is waiting to each handler."""
         moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
         handlers = {name: one.handler for name, one in self._subscriptions.items()}
-        return redrive(self._database, handlers, self.publish) or any(moved)
+        return redrive(self._database, handlers) or any(moved)
 
     def _advance(self, consumer: str, subscription: _Subscription) -> bool:
         if self._clock.monotonic() < subscription.patience.paused_until:
@@ -97,7 +97,7 @@ class EmbeddedBus:
         """Handle one record; tell whether the position may pass it."""
         record = record_of(row)
         try:
-            self.publish(subscription.handler.handle(decode(record)))
+            outbox.publish(self._database, subscription.handler.handle(decode(record)), cause=record.key)
         except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
             pause_s = subscription.patience.pause_after(error, self._clock.monotonic())
             if pause_s is not None:

@@ -234,7 +234,7 @@ class KafkaBus:
                 moved |= self._advance(one)
             except BusUnavailableError as error:
                 trouble = error
-        moved |= redrive(self._database, {one.consumer: one.handler for one in self._subscriptions}, self.publish)
+        moved |= redrive(self._database, {one.consumer: one.handler for one in self._subscriptions})
         if trouble is not None:
             raise trouble
         return moved
@@ -295,12 +295,12 @@ class KafkaBus:
     def _handle(self, one: _Subscription, partition: TopicPartition, found: Any) -> bool:  # noqa: ANN401  the client's record
         """Handle one record; tell whether the offset may pass it."""
         patience = self._patience(one, partition)
-        record = _record_of(found)
+        record = record_at(found)
         kind = record.headers.get("ce_type", "")
         if kind not in one.kinds and is_known(kind):
             return True
         try:
-            self.publish(one.handler.handle(decode(record)))
+            outbox.publish(self._database, one.handler.handle(decode(record)), cause=record.key)
         except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
             pause_s = patience.pause_after(error, self._clock.monotonic())
             if pause_s is not None:
@@ -338,7 +338,7 @@ class KafkaBus:
         return one.client
 
 
-def _record_of(found: Any) -> Record:  # noqa: ANN401  the client's record
+def record_at(found: Any) -> Record:  # noqa: ANN401  the client's record
     """Read a record as it lies in a topic, whoever wrote it: what is no text becomes something that is refused."""
     headers = {str(name): (value or b"").decode(errors="replace") for name, value in found.headers or ()}
     key = (found.key or b"").decode(errors="replace")

@@ -13,8 +13,10 @@ import sqlalchemy as sa
 
 from clarion.adapters.database import BIG, TEXT, insert_new, lock, replace
 from clarion.adapters.schema import Schema
+from clarion.adapters.topics import family_of
 from clarion.codec import Record, encode
 from clarion.crashpoints import effect
+from clarion.model import derive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,9 +33,11 @@ events_table = sa.Table(
     sa.Column("position", BIG, primary_key=True, autoincrement=True),
     sa.Column("event_id", TEXT, nullable=False, unique=True),
     sa.Column("kind", TEXT, nullable=False, index=True),
-    sa.Column("subject", TEXT, nullable=False, index=True),
+    sa.Column("subject", TEXT, nullable=False),
+    sa.Column("time", TEXT, nullable=False, index=True),
     sa.Column("headers", TEXT, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Index("events_subject", "subject", "position"),
     sqlite_autoincrement=True,
 )
 consumers = sa.Table(
@@ -63,18 +67,20 @@ dead_letters = sa.Table(
 )
 
 
-def record_events(connection: sa.Connection, events: Iterable[Event]) -> int:
+def record_events(connection: sa.Connection, events: Iterable[Event], *, cause: str = "") -> int:
     """Write events within the caller's transaction; one that was written before is passed over. Gives how many are new.
 
-    Positions are given in the order of the commits, so that a reader that remembers the last one misses none: until
-    this transaction ends no other one writes events.
+    `cause` is the subject of what they follow from, so that they continue its trace. Positions are given in the order
+    of the commits, so that a reader that remembers the last one misses none: until this transaction ends no other one
+    writes events.
     """
     rows = [
         {
             "event_id": record.headers["ce_id"],
             "kind": record.headers["ce_type"],
             "subject": record.key,
-            "headers": json.dumps(dict(record.headers)),
+            "time": record.headers["ce_time"],
+            "headers": json.dumps({**record.headers, "traceparent": _traceparent(connection, record, cause)}),
             "body": record.body,
         }
         for record in map(encode, events)
@@ -85,13 +91,41 @@ def record_events(connection: sa.Connection, events: Iterable[Event]) -> int:
     return insert_new(connection, events_table, rows)
 
 
-def publish(database: Database, events: Iterable[Event]) -> None:
-    """Make events durable in a transaction of their own."""
+def _traceparent(connection: sa.Connection, record: Record, cause: str) -> str:
+    """Give the W3C trace context of an event: the trace of its subject's first event, else of what it follows from.
+
+    Derived like everything else, so that an event that is said again has the same: a study begins a trace, and its
+    groups, jobs and deliveries continue it. The span is the event itself.
+    """
+    kind = record.headers["ce_type"]
+    if family_of(kind) == "studies":
+        trace = trace_of(record.key)
+    else:
+        trace = _known_trace(connection, record.key) or _known_trace(connection, cause) or trace_of(cause or record.key)
+    return f"00-{trace}-{record.headers['ce_id'].replace('-', '')[:16]}-01"
+
+
+def trace_of(subject: str) -> str:
+    """Give the trace id that a subject begins."""
+    return derive("trace", subject).replace("-", "")
+
+
+def _known_trace(connection: sa.Connection, subject: str) -> str | None:
+    if not subject:
+        return None
+    here = events_table.c.subject == subject
+    query = sa.select(events_table.c.headers).where(here).order_by(events_table.c.position).limit(1)
+    headers = connection.execute(query).scalar_one_or_none()
+    return None if headers is None else str(json.loads(headers).get("traceparent", "")[3:35]) or None
+
+
+def publish(database: Database, events: Iterable[Event], *, cause: str = "") -> None:
+    """Make events durable in a transaction of their own; `cause` as in `record_events`."""
     outgoing = list(events)
     if not outgoing:
         return
     with effect("bus.publish"), database.transaction() as connection:
-        record_events(connection, outgoing)
+        record_events(connection, outgoing, cause=cause)
 
 
 def position_of(database: Database, consumer: str) -> int:
@@ -118,6 +152,14 @@ def find_record(database: Database, event_id: str) -> Record | None:
     with database.reading() as connection:
         row = connection.execute(query).one_or_none()
     return None if row is None else record_of(row)
+
+
+def read_of_subjects(database: Database, subjects: Sequence[str], kind: str) -> list[Record]:
+    """Give the records of a type that some subjects have, in order."""
+    here = sa.and_(events_table.c.subject.in_(subjects), events_table.c.kind == kind)
+    query = sa.select(events_table).where(here).order_by(events_table.c.position)
+    with database.reading() as connection:
+        return [record_of(row) for row in connection.execute(query)]
 
 
 def read_after(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from clarion.events import Event
 
-TOPICS = ("studies", "groups", "jobs", "deliveries")
+TOPICS = ("studies", "groups", "jobs", "deliveries", "replays")
 
 _BY_KIND = {
     "instance": "studies",
@@ -21,14 +21,19 @@ _BY_KIND = {
     "delivery": "deliveries",
     "result.delivered": "deliveries",
     "result.verified": "deliveries",
+    "replay": "replays",
 }
 
 
+def family_of(kind: str) -> str:
+    """Give the topic's name, without prefix, of an event type as `group.closed.v1`; a subject has one topic."""
+    first, _, rest = kind.partition(".")
+    return _BY_KIND.get(first) or _BY_KIND[f"{first}.{rest.partition('.')[0]}"]
+
+
 def topic_of(kind: str, prefix: str) -> str:
-    """Give the topic of an event type as `group.closed.v1`; all events of one subject share one topic."""
-    family, _, rest = kind.partition(".")
-    name = _BY_KIND.get(family) or _BY_KIND[f"{family}.{rest.partition('.')[0]}"]
-    return f"{prefix}.{name}"
+    """Give the topic of an event type as `group.closed.v1`."""
+    return f"{prefix}.{family_of(kind)}"
 
 
 def topics_of(kinds: Iterable[type[Event]], prefix: str) -> tuple[str, ...]:

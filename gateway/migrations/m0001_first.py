@@ -53,6 +53,7 @@ def _deliveries() -> None:
         sa.Column("reason", TEXT, nullable=False),
         sa.Column("transaction_uid", TEXT, nullable=True),
         sa.Column("verify_until", TEXT, nullable=True),
+        sa.Column("followed", TEXT, nullable=False),
     )
     op.create_index("ix_deliveries_job_id", "deliveries", ["job_id"])
     op.create_index("ix_deliveries_state", "deliveries", ["state"])

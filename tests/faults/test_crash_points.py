@@ -33,9 +33,11 @@ from clarion.model import JobId, ResultInstance, ResultSet, derive
 from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
 from gateway import tables
-from gateway.outbound import Delivery, DeliveryRequests, Outbound, SupersededJobs
-from orchestrator.ledger import Job, JobRequests, Ledger
+from gateway.outbound import Delivery, Outbound
+from gateway.requests import DeliveryRequests, SupersededJobs
+from orchestrator.ledger import Job, Ledger
 from orchestrator.ledger import jobs as jobs_table
+from orchestrator.requests import JobRequests
 
 SEEDS = (1, 2, 3)
 # Passed only when something fails, or by chance; they have cases of their own below.
@@ -224,7 +226,7 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
     ),
     "deadletters.settle": (
         lambda one: (one.bury_request(), mark(one.database, [one.letter()], State.REDRIVE)),
-        lambda one: redrive(one.database, {"delivery": DeliveryRequests(one.database, one.store)}, lambda events: None),
+        lambda one: redrive(one.database, {"delivery": DeliveryRequests(one.database, one.store)}),
     ),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
 }

@@ -21,11 +21,12 @@ from clarion.testing.suites import MOMENT, started
 from console.schema import create_tables
 from gateway import tables
 from orchestrator import ledger
-from streams import timeline
+from orchestrator.requests import JobRequests
+from streams import tables as streams_tables
 
 pytestmark = pytest.mark.usefixtures("each_database")
 METADATA = {"bus": outbox.tables, "gateway": tables.metadata, "orchestrator": ledger.metadata,
-            "streams": timeline.metadata}  # fmt: skip
+            "streams": streams_tables.metadata}  # fmt: skip
 
 
 def described(database: Database) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def test_revisions_of_a_group_that_come_side_by_side_leave_one_job(tmp_path: Pat
 
     def enter(revision: int) -> None:
         database = Database(url)
-        handler = ledger.JobRequests(database)
+        handler = JobRequests(database)
         for group in range(rounds):
             event = JobRequested(
                 subject=f"{group}-{revision}", sequence=1, time=MOMENT, source="t", name="n", pipeline_id="p",
@@ -156,7 +157,7 @@ def test_two_engines_never_begin_the_same_attempt(tmp_path: Path) -> None:
     ref = ObjectRef(location="l", digest="d", size_bytes=1)
     database = Database(url)
     for number in range(10):
-        ledger.JobRequests(database).handle(
+        JobRequests(database).handle(
             JobRequested(
                 subject=f"j{number}", sequence=1, time=MOMENT, source="t", name="n", pipeline_id="p", definition=ref,
                 group_id=f"g{number}", revision=1, manifest=ref, priority="normal", destinations=(), studies=("1",),

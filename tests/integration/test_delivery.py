@@ -38,7 +38,8 @@ from clarion.model import JobId, ObjectRef, ResultInstance, ResultSet, SeriesUid
 from clarion.testing.suites import MOMENT
 from gateway import tables
 from gateway.delivery import DeliveryStage
-from gateway.outbound import DeliveryRequests, Outbound, SupersededJobs
+from gateway.outbound import Outbound
+from gateway.requests import DeliveryRequests, SupersededJobs
 
 pytestmark = pytest.mark.usefixtures("each_database")
 

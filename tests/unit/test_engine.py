@@ -26,8 +26,9 @@ from clarion.model import KILLED, Manifest, ManifestEntry, ObjectRef, SeriesUid,
 from clarion.testing.executor import InlineExecutor
 from clarion.testing.suites import MOMENT
 from orchestrator.engine import Engine
-from orchestrator.ledger import JobRequests, Ledger, jobs
+from orchestrator.ledger import Ledger, jobs
 from orchestrator.payload import remove, seal
+from orchestrator.requests import JobRequests
 
 pytestmark = pytest.mark.usefixtures("each_database")
 

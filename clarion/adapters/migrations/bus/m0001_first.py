@@ -41,10 +41,12 @@ def upgrade() -> None:
         sa.Column("event_id", TEXT, nullable=False, unique=True),
         sa.Column("kind", TEXT, nullable=False),
         sa.Column("subject", TEXT, nullable=False),
+        sa.Column("time", TEXT, nullable=False),
         sa.Column("headers", TEXT, nullable=False),
         sa.Column("body", sa.LargeBinary, nullable=False),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_dead_letters_state", "dead_letters", ["state"])
     op.create_index("ix_events_kind", "events", ["kind"])
-    op.create_index("ix_events_subject", "events", ["subject"])
+    op.create_index("ix_events_time", "events", ["time"])
+    op.create_index("events_subject", "events", ["subject", "position"])
