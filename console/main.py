@@ -10,6 +10,7 @@ import typer
 
 from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, reader, run
 from console.delivery_cli import delivery_cli
+from console.events_cli import events_cli
 from console.letters_cli import letters_cli
 from console.replay_cli import replay_cli
 from console.topics_cli import topics_cli
@@ -28,6 +29,7 @@ cli.add_typer(study_cli, name="study")
 cli.add_typer(letters_cli, name="deadletters")
 cli.add_typer(delivery_cli, name="delivery")
 cli.add_typer(topics_cli, name="topics")
+cli.add_typer(events_cli, name="events")
 cli.add_typer(replay_cli, name="replay")
 cli.add_typer(config_cli, name="config")
 

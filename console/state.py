@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from clarion.adapters.deadletters import count_dead_letters, read_dead_letters
-from clarion.adapters.embedded import ConsumerLag, read_lag
 from clarion.errors import BusUnavailableError
-from console.stages import RELAY, read_stages
+from console.carriage import read_lag, read_relay
+from console.stages import read_stages
 from gateway.queries import count_deliveries, count_open_groups, count_quarantine, list_blocked_groups
 from orchestrator.queries import count_jobs
 
@@ -33,7 +33,8 @@ def read_state(app: App) -> dict[str, Any]:
     }
     try:
         state |= {
-            "consumers": [asdict(one) for one in _lag(app)],
+            "consumers": [asdict(one) for one in read_lag(app.checked.config, app.database)],
+            "relay": read_relay(app.checked.config, app.database),
             "dead_letters": count_dead_letters(app.database),
             "latest_dead_letters": [asdict(one) for one in read_dead_letters(app.database, _SHOWN)],
             "open_groups": count_open_groups(app.database),
@@ -45,18 +46,6 @@ def read_state(app: App) -> dict[str, Any]:
     except BusUnavailableError as error:
         state |= {"database": str(error), "ok": False}  # or the broker: the text says which
     return state
-
-
-def _lag(app: App) -> list[ConsumerLag]:
-    """Tell how far every reader of events is behind; on Kafka the relay by the outbox, the others by the topics."""
-    kafka = app.checked.config.bus.kafka
-    if app.checked.config.bus.kind == "embedded" or kafka is None:
-        return read_lag(app.database)
-    from clarion.adapters.kafka_topics import read_lag as read_kafka_lag  # noqa: PLC0415  an extra
-
-    groups = read_kafka_lag(kafka).items()
-    lags = [ConsumerLag(consumer=group.removeprefix(f"{kafka.prefix}."), behind=behind) for group, behind in groups]
-    return [*(one for one in read_lag(app.database) if one.consumer == RELAY), *lags]
 
 
 def show_state(state: dict[str, Any]) -> None:
@@ -75,6 +64,9 @@ def show_state(state: dict[str, Any]) -> None:
     behind = f"{', '.join(late)} events" if late else "nobody"
     jobs = ", ".join(f"{count} {name}" for name, count in state.get("jobs", {}).items()) or "none"
     screen.print(f"behind: {behind}")
+    relay = state.get("relay")
+    if relay and relay["backlog"]:
+        screen.print(f"not in Kafka yet: {relay['backlog']} events, the oldest since {relay['oldest_seconds']:.0f} s")
     screen.print(f"jobs: {jobs}; open groups: {state.get('open_groups', '-')}")
     deliveries = ", ".join(f"{count} {name}" for name, count in state.get("deliveries", {}).items()) or "none"
     screen.print(f"deliveries: {deliveries} (clarion delivery list)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from streams.tables import timeline
+from streams.tables import links, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +40,13 @@ def read_story(database: Database, study_uid: str) -> list[Line]:
             Line(time=row.time, state=row.state, text=row.text, kind=row.kind, subject=row.subject, parent=row.parent)
             for row in connection.execute(query)
         ]
+
+
+def subjects_of(database: Database, study_uid: str) -> list[str]:
+    """Give everything a study's events may be about: itself, its groups, their jobs and deliveries."""
+    query = sa.select(links.c.subject).where(links.c.study_uid == study_uid)
+    with database.reading() as connection:
+        return sorted({study_uid, *connection.execute(query).scalars()})
 
 
 def state_of(story: Iterable[Line]) -> str:

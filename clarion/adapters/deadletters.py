@@ -115,6 +115,19 @@ def count_dead_letters(database: Database) -> int:
         return int(connection.execute(query).scalar_one())
 
 
+def count_by_reason(database: Database) -> list[tuple[str, str, str, int]]:
+    """Count the letters that ask for attention by consumer, state and reason, the most frequent first."""
+    table, count = dead_letters, sa.func.count()
+    query = (
+        sa.select(table.c.consumer, table.c.state, table.c.reason, count)
+        .where(table.c.state.in_(PENDING))
+        .group_by(table.c.consumer, table.c.state, table.c.reason)
+        .order_by(count.desc(), table.c.consumer, table.c.reason)
+    )
+    with database.reading() as connection:
+        return [(row[0], row[1], row[2], row[3]) for row in connection.execute(query)]
+
+
 def read_dead_letters(
     database: Database,
     limit: int = 500,

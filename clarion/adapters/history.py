@@ -1,7 +1,11 @@
-"""What was said before, read from the table `events` beside the live consumers and without moving them."""
+"""What was said before, read from the table `events` beside the live consumers and without moving them.
+
+For replays, and for a person who looks.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -46,3 +50,79 @@ class OutboxHistory:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    """An event in the table: where, when, what about; the whole of it as its record."""
+
+    position: int
+    event_id: str
+    kind: str
+    subject: str
+    time: str
+    record: Record
+
+
+def list_events(
+    database: Database,
+    limit: int,
+    *,
+    after: int | None = None,
+    kinds: Sequence[str] = (),
+    subjects: Sequence[str] | None = None,
+) -> list[EventRow]:
+    """List events in order: the first ones behind a position, or the latest; of types that begin so, of subjects."""
+    table = events_table
+    query = sa.select(table)
+    if kinds:
+        query = query.where(sa.or_(*(table.c.kind.startswith(one, autoescape=True) for one in kinds)))
+    if subjects is not None:
+        query = query.where(table.c.subject.in_(subjects))
+    if after is None:
+        query = query.order_by(table.c.position.desc())
+    else:
+        query = query.where(table.c.position > after).order_by(table.c.position)
+    with database.reading() as connection:
+        found = [_event_row(row) for row in connection.execute(query.limit(limit))]
+    return found[::-1] if after is None else found
+
+
+def _event_row(row: sa.Row[tuple[object, ...]]) -> EventRow:
+    return EventRow(
+        position=int(str(row.position)),
+        event_id=str(row.event_id),
+        kind=str(row.kind),
+        subject=str(row.subject),
+        time=str(row.time),
+        record=record_of(row),
+    )
+
+
+def find_event(database: Database, event_id: str) -> EventRow | None:
+    """Give an event by its id, or by the beginning of it when only one begins so."""
+    query = sa.select(events_table).where(events_table.c.event_id.startswith(event_id, autoescape=True)).limit(2)
+    with database.reading() as connection:
+        rows = connection.execute(query).all()
+    return _event_row(rows[0]) if len(rows) == 1 else None
+
+
+def count_events(database: Database) -> dict[str, int]:
+    """Count the events by type. Reads them all."""
+    query = sa.select(events_table.c.kind, sa.func.count()).group_by(events_table.c.kind).order_by(events_table.c.kind)
+    with database.reading() as connection:
+        return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def last_position(database: Database) -> int:
+    """Give the position of the latest event; 0 when there is none."""
+    with database.reading() as connection:
+        return int(connection.execute(sa.select(sa.func.max(events_table.c.position))).scalar() or 0)
+
+
+def first_time_after(database: Database, position: int) -> str | None:
+    """Give the time of the first event behind a position; None when there is none."""
+    table = events_table
+    query = sa.select(table.c.time).where(table.c.position > position).order_by(table.c.position).limit(1)
+    with database.reading() as connection:
+        return connection.execute(query).scalar_one_or_none()

@@ -14,6 +14,7 @@ from kafka.admin import (  # type: ignore[attr-defined]  # the package names not
     OffsetSpec,
 )
 from kafka.errors import KafkaError
+from kafka.structs import TopicPartition
 
 from clarion.adapters.kafka import client_settings
 from clarion.adapters.topics import TOPICS
@@ -73,6 +74,24 @@ def read_lag(config: KafkaConfig) -> dict[str, int]:
             group: sum(max(0, latest[place].offset - committed.offset) for place, committed in found.items())
             for group, found in sorted(offsets.items())
         }
+
+
+def count_records(config: KafkaConfig) -> dict[str, int]:
+    """Count the records that each of our topics holds now. Raises BusUnavailableError."""
+    with _administering(config) as admin:
+        there = set(admin.list_topics())
+        names = [name for name in _names(config) if name in there]
+        places = [
+            TopicPartition(one["name"], partition["partition_index"])
+            for one in admin.describe_topics(names)
+            for partition in one["partitions"]
+        ]
+        first = admin.list_partition_offsets(dict.fromkeys(places, OffsetSpec.EARLIEST))
+        last = admin.list_partition_offsets(dict.fromkeys(places, OffsetSpec.LATEST))
+        counts = dict.fromkeys(names, 0)
+        for place in places:
+            counts[place.topic] += last[place].offset - first[place].offset
+        return counts
 
 
 def _differences(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:

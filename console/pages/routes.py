@@ -15,15 +15,21 @@ from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 from PIL import Image
 
+from clarion.adapters.deadletters import count_by_reason
+from clarion.adapters.history import list_events
 from clarion.elements import Walker
 from clarion.errors import TransientError
 from clarion.model import is_uid
 from clarion.service import read_heartbeats
+from console.carriage import Carriage
 from console.checks import is_loopback
+from console.event_views import line_of
+from console.metrics import METRICS_TYPE, render_metrics
 from console.stages import read_stages
 from console.studies import read_studies, read_study
 from gateway.queries import list_quarantine
 from streams.queries import PROGRESS
+from streams.replays import list_replays
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -37,6 +43,7 @@ _HERE = Path(__file__).parent
 _OPEN = frozenset(("/health/live", "/health/ready"))
 _COOKIE = "clarion_token"
 _ROWS, _COLUMNS, _PIXELS = 0x00280010, 0x00280011, 0x7FE00010
+_REPLAYS, _EVENTS = 20, 30
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -51,6 +58,7 @@ class Pages:
         self._config = config
         self._database = database
         self._store = store
+        self._carriage = Carriage(config, database)
         self._templates = Jinja2Templates(directory=_HERE / "templates")
         self._templates.env.filters.update(clock=_clock, size=_size)
         self._token = None if config.console.token is None else config.console.token.get_secret_value()
@@ -66,6 +74,9 @@ class Pages:
         app.get("/studies/{uid}/story", response_class=HTMLResponse)(self.story)
         app.get("/studies/{uid}/pictures/{instance}.png")(self.picture)
         app.get("/quarantine", response_class=HTMLResponse)(self.quarantine)
+        app.get("/operations", response_class=HTMLResponse)(self.operations)
+        app.get("/fragment/operations", response_class=HTMLResponse)(self.operations_fragment)
+        app.get("/metrics")(self.metrics)
         app.get("/api/studies")(self.api_studies)
         app.get("/api/studies/{uid}")(self.api_study)
         app.get("/health/live")(self.live)
@@ -122,6 +133,14 @@ class Pages:
         """What was set aside, and why."""
         return self._render(request, "quarantine.html", {"rows": list_quarantine(self._database)})
 
+    def operations(self, request: Request) -> Response:
+        """Topics, handlers behind, dead letters, replays, the latest events."""
+        return self._render(request, "operations.html", self._operations())
+
+    def operations_fragment(self, request: Request) -> Response:
+        """The part of that page that is fetched again and again."""
+        return self._render(request, "operations_parts.html", self._operations())
+
     def picture(self, uid: str, instance: str) -> Response:
         """A result picture as PNG."""
         found = [
@@ -143,6 +162,10 @@ class Pages:
     def api_study(self, uid: str) -> dict[str, Any]:
         """One study."""
         return asdict(self._view(uid))
+
+    def metrics(self) -> Response:
+        """Everything that is counted, for Prometheus."""
+        return Response(render_metrics(self._config, self._database, self._carriage.read()), media_type=METRICS_TYPE)
 
     def live(self) -> PlainTextResponse:
         """The process answers."""
@@ -168,6 +191,17 @@ class Pages:
         rows = read_studies(self._database, 100)
         totals = {state: sum(one.state == state for one in rows) for state in ("Verified", "Failed", "Quarantined")}
         return {"rows": rows, "progress": PROGRESS, "stages": read_stages(self._config), "totals": totals}
+
+    def _operations(self) -> dict[str, Any]:
+        replays = list_replays(self._database, _REPLAYS)
+        rows = list_events(self._database, _EVENTS)
+        return {
+            "carriage": self._carriage.read(),
+            "letters": count_by_reason(self._database),
+            "replays": replays,
+            "events": [line_of(row, unmask=False) for row in reversed(rows)],
+            "stages": read_stages(self._config),
+        }
 
     def _one(self, uid: str) -> dict[str, Any]:
         return {"view": self._view(uid), "progress": PROGRESS, "secondary_capture": _SECONDARY_CAPTURE}

@@ -253,6 +253,9 @@ def test_page_shows_the_study(phantom: Run) -> None:
             pass
         page.goto(phantom.page + "quarantine")
         page.screenshot(path=ARTIFACTS / "quarantine.png")
+        page.click("text=Operations")
+        page.wait_for_selector("text=Latest events")
+        page.screenshot(path=ARTIFACTS / "operations.png", full_page=True)
         browser.close()
     assert problems == []
 

@@ -29,7 +29,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 CLOSED = ["/", "/fragment/studies", "/studies/1.2.3", "/studies/1.2.3/story", "/studies/1.2.3/pictures/1.2.png",
-          "/quarantine", "/api/studies", "/api/studies/1.2.3", "/health/status",
+          "/quarantine", "/operations", "/fragment/operations", "/metrics", "/api/studies",
+          "/api/studies/1.2.3", "/health/status",
           "/static/style.css", "/nothing"]  # fmt: skip
 
 

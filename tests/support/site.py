@@ -19,7 +19,7 @@ from support.postgres import url_in
 from support.world import pause
 
 from clarion.adapters.memory import ManualClock
-from clarion.adapters.outbox import record_events
+from clarion.adapters.outbox import events_table, record_events
 from clarion.adapters.wakeup import Wakeup
 from clarion.config import KafkaConfig
 from clarion.events import GroupClosed
@@ -31,7 +31,8 @@ from console.checks import check_config
 from console.schema import create_tables
 from gateway import tables
 from gateway.outbound import Outbound
-from orchestrator.ledger import Failure, Ledger, jobs
+from orchestrator.ledger import Failure, Ledger, jobs, operators
+from streams.tables import timeline
 
 OUTCOMES = ("succeeded", "failed", "requested", "missing")
 EMPTY = ObjectRef(location="file:none", digest="00" * 32, size_bytes=0)
@@ -90,9 +91,10 @@ class Site:
 
     # What happens -----------------------------------------------------------------------------------------------
 
-    def receive(self, number: int, **attributes: str) -> GroupClosed:
+    def receive(self, number: int | str, **attributes: str) -> GroupClosed:
         """Let a study of one instance have been received and grouped, an hour after the one before."""
-        study, time = f"1.2.{number}", MOMENT - timedelta(hours=1000 - number)
+        study = f"1.2.{number}" if isinstance(number, int) else number
+        time = MOMENT - timedelta(hours=1000 - (number if isinstance(number, int) else 0))
         group_id = derive_group_id("CHEST", "by-tag", study, 0)
         known = {"00080060": "CT", "00080020": "20261101", "00080050": f"A{number}", "0020000D": study}
         event = GroupClosed(
@@ -188,22 +190,26 @@ class Site:
         self.outcome = lambda _: "succeeded"
 
     def _forget_some(self, rng: random.Random) -> None:
-        """Let a few jobs never have been: as when the event that asked for them was a dead letter."""
-        from clarion.adapters.outbox import events_table
-        from orchestrator.ledger import operators
-        from streams.tables import timeline
-
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             here = jobs.c.state.in_(("requested", "failed"))
-            for job_id in (
-                connection.execute(sa.select(jobs.c.job_id).where(here).order_by(jobs.c.job_id)).scalars().all()
-            ):
-                if rng.random() < 0.3:
-                    self._left = [one for one in self._left if one != job_id]
-                    connection.execute(operators.delete().where(operators.c.job_id == job_id))
-                    connection.execute(jobs.delete().where(jobs.c.job_id == job_id))
-                    connection.execute(events_table.delete().where(events_table.c.subject == job_id))
-                    connection.execute(timeline.delete().where(timeline.c.subject == job_id))
+            rows = connection.execute(sa.select(jobs.c.group_id).where(here).order_by(jobs.c.job_id)).scalars().all()
+        self.forget({group_id for group_id in rows if rng.random() < 0.3})
+
+    def forget(self, groups: set[str]) -> None:
+        """Let the jobs of some groups never have been: as when the event that asked for them was a dead letter."""
+        with self.database.transaction() as connection:
+            query = sa.select(jobs.c.job_id).where(jobs.c.group_id.in_(sorted(groups)))
+            forgotten = connection.execute(query).scalars().all()
+            deliveries, items = tables.deliveries, tables.delivery_instances
+            theirs = sa.select(deliveries.c.delivery_id).where(deliveries.c.job_id.in_(forgotten))
+            subjects = [*forgotten, *connection.execute(theirs).scalars().all()]
+            connection.execute(items.delete().where(items.c.delivery_id.in_(subjects)))
+            connection.execute(deliveries.delete().where(deliveries.c.delivery_id.in_(subjects)))
+            connection.execute(operators.delete().where(operators.c.job_id.in_(subjects)))
+            connection.execute(jobs.delete().where(jobs.c.job_id.in_(subjects)))
+            connection.execute(events_table.delete().where(events_table.c.subject.in_(subjects)))
+            connection.execute(timeline.delete().where(timeline.c.subject.in_(subjects)))
+        self._left = [one for one in self._left if one not in forgotten]
 
 
 def _rows(study: str, group_id: str, time: str, attributes: dict[str, str]) -> list[tuple[sa.Table, dict[str, Any]]]:
