@@ -85,14 +85,14 @@ class App:
 
         if self.checked.config.bus.kind == "embedded":
             return EmbeddedBus(self.database, self.clock)
-        from clarion.adapters.kafka import KafkaBus  # noqa: PLC0415  an extra
+        from clarion.adapters.kafka_bus import KafkaBus  # noqa: PLC0415  an extra
         from console.topics import kafka_of  # noqa: PLC0415  as above
 
         return KafkaBus(self.database, self.clock, kafka_of(self.checked.config))
 
     def relay(self) -> Stage:
         """The relay from the outbox to Kafka."""
-        from clarion.adapters.kafka import Relay  # noqa: PLC0415  an extra
+        from clarion.adapters.relay import Relay  # noqa: PLC0415  an extra
         from console.topics import kafka_of  # noqa: PLC0415  as above
 
         return Relay(self.database, kafka_of(self.checked.config))

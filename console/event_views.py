@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from clarion.adapters.database import Database
     from clarion.adapters.history import EventRow
-    from console.app import App
+    from clarion.config import Config
 
 _LOOK_S = 0.5
 _SHOWN = 14
@@ -99,18 +99,18 @@ def line_of(row: EventRow, *, unmask: bool) -> str:
     return f"{row.time[:19]}  {row.kind:<24} {subject:<38} {said if unmask else mask(said)}"
 
 
-def read_statistics(app: App) -> dict[str, Any]:
+def read_statistics(config: Config, database: Database) -> dict[str, Any]:
     """Count what there is and what waits: events by type and topic, handlers behind, relay, dead letters by reason."""
-    counts = count_events(app.database)
+    counts = count_events(database)
     topics = {name: sum(count for kind, count in counts.items() if family_of(kind) == name) for name in TOPICS}
     letters = [
         {"consumer": consumer, "state": state, "reason": reason, "count": count}
-        for consumer, state, reason, count in count_by_reason(app.database)
+        for consumer, state, reason, count in count_by_reason(database)
     ]
     found: dict[str, Any] = {"events": counts, "topics": topics, "dead_letters": letters, "broker": "ok"}
-    found["relay"] = read_relay(app.checked.config, app.database)
+    found["relay"] = read_relay(config, database)
     try:
-        found["consumers"] = {one.consumer: one.behind for one in read_lag(app.checked.config, app.database)}
+        found["consumers"] = {one.consumer: one.behind for one in read_lag(config, database)}
     except BusUnavailableError as error:
         found |= {"consumers": {}, "broker": str(error)}
     return found

@@ -82,7 +82,8 @@ def events_stats(config: ConfigFile = DEFAULT_CONFIG, as_json: AsJson = False) -
     def body() -> int:
         from console.event_views import read_statistics, show_statistics  # noqa: PLC0415  quick --help
 
-        found = read_statistics(reader(config))
+        app = reader(config)
+        found = read_statistics(app.checked.config, app.database)
         if as_json:
             print_json(found)
         else:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 import structlog
 
 from clarion.adapters.database import insert_new
-from clarion.adapters.outbox import dead_letters, find_record, publish
+from clarion.adapters.outbox import dead_letters, publish
 from clarion.codec import decode
 from clarion.crashpoints import effect
 from clarion.errors import BusUnavailableError, describe
@@ -19,7 +19,7 @@ from clarion.model import derive
 from clarion.patience import reason_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from datetime import datetime
 
     from clarion.adapters.database import Database
@@ -156,26 +156,28 @@ def mark(database: Database, letter_ids: Iterable[str], state: State) -> list[st
     return found
 
 
-def redrive(database: Database, handlers: Mapping[str, StreamHandler]) -> bool:
+def redrive(
+    database: Database, handlers: Mapping[str, StreamHandler], origin: Callable[[DeadLetter], Record | None]
+) -> bool:
     """Let the consumers of one process see again what a person asked for; tell whether there was any.
 
-    A letter whose event fails again is open again with the new reason; after MOST_REDRIVES it is in quarantine. What
-    its handler gave is durable before the letter counts as redriven, so a crash repeats and never skips.
+    `origin` gives the record that a letter is about, from where it lies. A letter whose event fails again is open again
+    with the new reason; after MOST_REDRIVES it is in quarantine. What its handler gave is durable before the letter
+    counts as redriven, so a crash repeats and never skips.
     """
     asked = read_dead_letters(database, _BATCH, states=(State.REDRIVE,), consumers=handlers)
     for letter in reversed(asked):
-        reason = _try_again(database, letter, handlers[letter.consumer])
+        reason = _try_again(database, origin(letter), letter, handlers[letter.consumer])
         failed = State.QUARANTINED if letter.redrives + 1 >= MOST_REDRIVES else State.OPEN
         state = State.REDRIVEN if reason is None else failed
         _settle(database, letter, state, reason or letter.reason)
     return bool(asked)
 
 
-def _try_again(database: Database, letter: DeadLetter, handler: StreamHandler) -> str | None:
+def _try_again(database: Database, record: Record | None, letter: DeadLetter, handler: StreamHandler) -> str | None:
     """Hand a letter's event to its handler; gives why that failed, None when it did not."""
-    record = find_record(database, letter.event_id)
-    if record is None:
-        return "the record was not published by Clarion; it lies where the letter says and cannot be handled"
+    if record is None or hashlib.sha256(record.body).hexdigest() != letter.digest:
+        return "the record is neither in the table of events nor, unchanged, where the letter says"
     try:
         publish(database, handler.handle(decode(record)), cause=record.key)
     except BusUnavailableError:

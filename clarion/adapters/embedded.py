@@ -6,34 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-import structlog
 
 from clarion.adapters import outbox
-from clarion.adapters.deadletters import Place, bury, redrive
+from clarion.adapters.deadletters import Place, redrive
+from clarion.adapters.handover import Handover
 from clarion.adapters.outbox import events_table, record_of
-from clarion.codec import decode
-from clarion.errors import describe
-from clarion.patience import PATIENCE_S, TRIES, Patience
+from clarion.patience import PATIENCE_S, TRIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from clarion.adapters.database import Database
+    from clarion.adapters.deadletters import DeadLetter
+    from clarion.codec import Record
     from clarion.events import Event
     from clarion.plugins import StreamHandler
     from clarion.ports import Clock
 
 ORIGIN = "events"
 _BATCH = 200
-
-log = structlog.get_logger()
-
-
-@dataclass(slots=True)
-class _Subscription:
-    kinds: tuple[str, ...]
-    handler: StreamHandler
-    patience: Patience
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +43,7 @@ class EmbeddedBus:
         self._clock = clock
         self._tries = tries
         self._patience_s = patience_s
-        self._subscriptions: dict[str, _Subscription] = {}
+        self._subscriptions: dict[str, Handover] = {}
         database.create(outbox.SCHEMA)
 
     def publish(self, events: Iterable[Event]) -> None:
@@ -61,22 +52,28 @@ class EmbeddedBus:
 
     def subscribe(self, consumer: str, kinds: Iterable[type[Event]], handler: StreamHandler) -> None:
         """Let the handler see every event of the kinds, from the first one."""
-        patience = Patience(self._tries, self._patience_s)
-        self._subscriptions[consumer] = _Subscription(tuple(kind.kind for kind in kinds), handler, patience)
+        names = frozenset(kind.kind for kind in kinds)
+        self._subscriptions[consumer] = Handover(
+            self._database, self._clock, consumer, names, handler, self._tries, self._patience_s
+        )
 
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
         moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
         handlers = {name: one.handler for name, one in self._subscriptions.items()}
-        return redrive(self._database, handlers) or any(moved)
+        return redrive(self._database, handlers, self._origin) or any(moved)
 
-    def _advance(self, consumer: str, subscription: _Subscription) -> bool:
-        if self._clock.monotonic() < subscription.patience.paused_until:
+    def _origin(self, letter: DeadLetter) -> Record | None:
+        return outbox.find_record(self._database, letter.event_id)
+
+    def _advance(self, consumer: str, hand: Handover) -> bool:
+        if hand.rests(ORIGIN, 0):
             return False
-        start, rows, last = self._waiting(consumer, subscription.kinds)
+        start, rows, last = self._waiting(consumer, sorted(hand.kinds))
         position, stopped = start, False
         for row in rows:
-            if not self._handle(consumer, subscription, row):
+            place = Place(origin=ORIGIN, partition=0, position=int(str(row.position)))
+            if not hand.hand(record_of(row), place):
                 stopped = True
                 break
             position = row.position
@@ -86,28 +83,12 @@ class EmbeddedBus:
             outbox.keep_position(self._database, consumer, position)
         return bool(rows) and not stopped
 
-    def _waiting(self, consumer: str, kinds: tuple[str, ...]) -> tuple[int, Sequence[sa.Row[tuple[object, ...]]], int]:
+    def _waiting(self, consumer: str, kinds: list[str]) -> tuple[int, Sequence[sa.Row[tuple[object, ...]]], int]:
         start = outbox.position_of(self._database, consumer)
         with self._database.reading() as connection:
             last = connection.execute(sa.select(sa.func.max(events_table.c.position))).scalar() or 0
             rows = outbox.read_after(connection, start, _BATCH, kinds)
         return start, rows, last
-
-    def _handle(self, consumer: str, subscription: _Subscription, row: sa.Row[tuple[object, ...]]) -> bool:
-        """Handle one record; tell whether the position may pass it."""
-        record = record_of(row)
-        try:
-            outbox.publish(self._database, subscription.handler.handle(decode(record)), cause=record.key)
-        except Exception as error:  # noqa: BLE001  the contract of EventBus; `Patience` tells the kinds apart
-            pause_s = subscription.patience.pause_after(error, self._clock.monotonic())
-            if pause_s is not None:
-                log.warning("handler.paused", consumer=consumer, kind=row.kind, error=describe(error), pause_s=pause_s)
-                return False
-            place = Place(origin=ORIGIN, partition=0, position=int(str(row.position)))
-            tries = subscription.patience.failed
-            bury(self._database, consumer, place, record, error=error, tries=tries, now=self._clock.now())
-        subscription.patience.reset()
-        return True
 
 
 def read_lag(database: Database) -> list[ConsumerLag]:

@@ -72,6 +72,20 @@ class KafkaHistory:
             wanted = ((one.offset + 1, record_at(one)) for one in found if one.offset < span.end)
             return [(behind, record) for behind, record in wanted if record.headers.get("ce_type") in kinds], position
 
+    def at(self, origin: str, partition: int, offset: int) -> Record | None:
+        """Give the record at an offset, whoever wrote it; None when the topic does not have it any more."""
+        with self._reading() as client:
+            place = TopicPartition(origin, partition)
+            if partition not in self._partitions(client, origin):
+                return None
+            client.assign([place])
+            client.seek(place, offset)
+            self._at = None
+            if not client.beginning_offsets([place])[place] <= offset < client.end_offsets([place])[place]:
+                return None
+            found = client.poll(timeout_ms=_POLL_MS * 5, max_records=1).get(place, [])
+        return record_at(found[0]) if found and found[0].offset == offset else None
+
     def close(self) -> None:
         """Leave the broker."""
         if self._client is not None:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kafka import KafkaProducer, TopicPartition
+from kafka import TopicPartition
 from support.kafka import Broker
 from support.world import pause
 
 from clarion.adapters.database import Database
-from clarion.adapters.deadletters import State, mark, read_dead_letters
-from clarion.adapters.kafka import KafkaBus, Relay
+from clarion.adapters.kafka_bus import KafkaBus
 from clarion.adapters.kafka_topics import apply_topics, check_topics, read_lag
 from clarion.adapters.memory import ManualClock
+from clarion.adapters.relay import Relay
 from clarion.adapters.topics import topic_of
 from clarion.config import KafkaConfig
-from clarion.errors import BusUnavailableError, PermanentError, TransientError
+from clarion.errors import BusUnavailableError, TransientError
 from clarion.events import ALL, JobStarted
 from clarion.ports import Clock
 from clarion.testing.suites import MOMENT, EventBusSuite, MakeBus, Recorder, started
@@ -130,62 +130,6 @@ def settle(bus: RelayedBus) -> None:
         pass
 
 
-POISON = {
-    "no headers": ([], b"{}"),
-    "no body": ([("ce_type", b"job.started.v1"), ("ce_id", b"x")], None),
-    "not JSON": ([("ce_type", b"job.started.v1"), ("ce_id", b"x")], b"\xff\xfe"),
-    "another shape": ([("ce_type", b"job.started.v1"), ("ce_id", b"x")], b'{"a": 1}'),
-    "a type of tomorrow": ([("ce_type", b"job.started.v9"), ("ce_id", b"x")], b"{}"),
-    "another id": (
-        [("ce_type", b"job.started.v1"), ("ce_id", b"x")],
-        b'{"subject":"a","sequence":1,"time":"2026-11-23T12:00:00Z","source":"s","attempt":1}',
-    ),
-    "huge": ([("ce_type", b"job.started.v1"), ("ce_id", b"x")], b"[" * 900_000),
-    "header that is no text": ([("ce_type", b"\xff\xff"), ("ce_id", b"\x00")], b"{}"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", POISON)
-def test_a_poison_record_is_set_aside_with_its_place_and_the_partition_goes_on(
-    name: str, make_bus: Callable[[Clock], RelayedBus], config: KafkaConfig, kafka: Broker, tmp_path: Path
-) -> None:
-    """F33. The reason, the offset and the digest are kept; the body is not copied."""
-    headers, body = POISON[name]
-    topic = topic_of("job.started.v1", config.prefix)
-    producer = KafkaProducer(bootstrap_servers=kafka.address)
-    producer.send(topic, key=b"a", value=body, headers=headers, partition=0).get(timeout=10)
-    producer.close()
-    bus, recorder = make_bus(ManualClock(MOMENT)), Recorder()
-    bus.subscribe("suite", [JobStarted], recorder)
-    bus.publish([started(subject, 1) for subject in "abcdef"])
-    settle(bus)
-    assert {event.subject for event in recorder.seen} == set("abcdef")
-    (letter,) = read_dead_letters(Database(f"sqlite:///{tmp_path / 'bus.db'}"))
-    assert (letter.consumer, letter.origin, letter.partition, letter.position) == ("suite", topic, 0, 0)
-    assert letter.error == "InvalidEventError"
-    assert len(letter.digest) == 64
-
-
-def test_what_somebody_else_wrote_cannot_be_redriven_and_says_so(
-    make_bus: Callable[[Clock], RelayedBus], config: KafkaConfig, kafka: Broker, tmp_path: Path
-) -> None:
-    producer = KafkaProducer(bootstrap_servers=kafka.address)
-    producer.send(topic_of("job.started.v1", config.prefix), key=b"a", value=b"{}", partition=0).get(timeout=10)
-    producer.close()
-    bus, broken = make_bus(ManualClock(MOMENT)), [True]
-    recorder = Recorder(trouble=lambda _: PermanentError("a broken model") if broken[0] else None)
-    bus.subscribe("suite", [JobStarted], recorder)
-    bus.publish([started("b", 1)])
-    settle(bus)
-    database = Database(f"sqlite:///{tmp_path / 'bus.db'}")
-    broken[0] = False
-    assert len(mark(database, [one.letter_id for one in read_dead_letters(database)], State.REDRIVE)) == 2
-    settle(bus)
-    assert [event.subject for event in recorder.seen] == ["b"]
-    (letter,) = read_dead_letters(database)
-    assert "was not published by Clarion" in letter.reason
-
-
 def test_order_per_key_through_the_relay(config: KafkaConfig, make_bus: Callable[[Clock], RelayedBus]) -> None:
     """2,000 events of 20 keys: each key's in the order in which the database has them."""
     bus, recorder = make_bus(ManualClock(MOMENT)), Recorder()
@@ -289,17 +233,23 @@ def test_topics_are_made_checked_and_mended(kafka: Broker) -> None:
         bootstrap=(kafka.address,), prefix=f"t{uuid.uuid4().hex[:12]}", partitions=2, replication=1,
         min_insync_replicas=1,
     )  # fmt: skip
-    assert len(check_topics(config)) == 4
-    assert len(apply_topics(config)) == 4
+    assert len(check_topics(config)) == 5
+    assert len(apply_topics(config)) == 5
     assert check_topics(config) == apply_topics(config) == []
     wider = config.model_copy(update={"partitions": 3, "retention_hours": 5})
-    assert len(check_topics(wider)) == 8
-    assert len(apply_topics(wider)) == 8
+    assert len(check_topics(wider)) == 10
+    assert len(apply_topics(wider)) == 10
     assert check_topics(wider) == []
 
 
 def test_every_event_type_has_a_topic_and_a_subject_only_one() -> None:
-    assert {topic_of(kind.kind, "p") for kind in ALL} == {"p.studies", "p.groups", "p.jobs", "p.deliveries"}
+    assert {topic_of(kind.kind, "p") for kind in ALL} == {
+        "p.studies",
+        "p.groups",
+        "p.jobs",
+        "p.deliveries",
+        "p.replays",
+    }
 
 
 def test_no_broker_is_a_transient_error(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from clarion.adapters.deadletters import Place, State, bury, mark, read_dead_let
 from clarion.adapters.embedded import EmbeddedBus, read_lag
 from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
-from clarion.adapters.outbox import dead_letters, events_table, record_of
+from clarion.adapters.outbox import dead_letters, events_table, find_record, record_of
 from clarion.crashpoints import EFFECTS
 from clarion.errors import PermanentError
 from clarion.events import DeliveryRequested, Event, JobRequested, JobStarted, JobSuperseded
@@ -228,7 +228,11 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
     ),
     "deadletters.settle": (
         lambda one: (one.bury_request(), mark(one.database, [one.letter()], State.REDRIVE)),
-        lambda one: redrive(one.database, {"delivery": DeliveryRequests(one.database, one.store)}),
+        lambda one: redrive(
+            one.database,
+            {"delivery": DeliveryRequests(one.database, one.store)},
+            lambda letter: find_record(one.database, letter.event_id),
+        ),
     ),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
 }

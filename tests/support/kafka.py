@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ rootLogger.appenderRef.out.ref=out
 _PROPERTIES = """process.roles=broker,controller
 node.id=1
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
@@ -131,8 +132,11 @@ class Broker:
         return (self.folder / "broker.log").read_text()[-3000:] if self.folder else ""
 
 
-def start_broker(folder: Path) -> Broker:
-    """Use the broker that the environment names, or start one of our own on loopback."""
+def start_broker(folder: Path, through: Callable[[int], int] | None = None) -> Broker:
+    """Use the broker that the environment names, or start one of our own on loopback.
+
+    `through` gives, for the broker's port, the one that clients are told to use: a proxy's.
+    """
     given = os.environ.get("CLARION_TEST_KAFKA")
     if given:
         broker = Broker(given)
@@ -141,13 +145,16 @@ def start_broker(folder: Path) -> Broker:
     lib = jars()
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
+    told = through(port) if through else port
     (folder / "log4j2.properties").write_text(_LOG4J)
-    (folder / "server.properties").write_text(_PROPERTIES.format(port=port, controller=free_port(), folder=folder))
+    (folder / "server.properties").write_text(
+        _PROPERTIES.format(port=port, controller=free_port(), folder=folder, advertised=told)
+    )
     java = [str(JAVA), "-cp", f"{lib}/*", "kafka.tools.StorageTool"]
     # Any base64 UUID names a cluster; this one is for all that tests start.
     identity = "Y2xhcmlvbi10ZXN0cy0wMQ"
     properties = str(folder / "server.properties")
     subprocess.run([*java, "format", "-t", identity, "-c", properties], check=True, capture_output=True, timeout=60)
-    broker = Broker(f"127.0.0.1:{port}", folder)
+    broker = Broker(f"127.0.0.1:{told}", folder)
     broker.start()
     return broker
