@@ -6,6 +6,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 ARGS ?=
+BENCH ?= receive
 
 .PHONY: help install servers demo test check format lock bench clean
 
@@ -49,8 +50,8 @@ lock: install ## Compute the pinned requirement files anew
 	$(COMPILE) --extra kafka --extra postgres --extra kubernetes --extra triton --extra s3 --extra codecs pyproject.toml -o requirements/extras.txt
 	for cuda in 12 13; do $(COMPILE) --extra gpu-cuda$$cuda pyproject.toml -c requirements/dev.txt -o requirements/gpu-cuda$$cuda.txt; done
 
-bench: install ## Measure receiving against DCMTK's storescp, interleaved, as ratios
-	@$(BIN)/python bench/receive.py $(ARGS)
+bench: install ## Measure, interleaved, as ratios: BENCH=receive (default) against storescp, BENCH=events against bare Kafka clients
+	@$(BIN)/python bench/$(BENCH).py $(ARGS)
 
 clean: ## Remove what was built: environment, caches, artifacts
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

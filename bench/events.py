@@ -1,0 +1,184 @@
+"""Events: the relay beside a bare producer, a handler beside a bare consumer, and how a replay of finished work grows.
+
+Interleaved rounds on one machine, each with topics and a database of its own; printed are the ratios within each round
+and their medians. Needs a broker: that of CLARION_TEST_KAFKA, or one that is started as the tests do.
+`make bench BENCH=events ARGS="--rounds 5 --events 20000"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
+from kafka.structs import OffsetAndMetadata  # noqa: E402
+from support.kafka import start_broker  # noqa: E402
+from support.site import Site, fill_finished  # noqa: E402
+
+from clarion.adapters import outbox  # noqa: E402
+from clarion.adapters.clock import SystemClock  # noqa: E402
+from clarion.adapters.database import Database  # noqa: E402
+from clarion.adapters.kafka import client_settings  # noqa: E402
+from clarion.adapters.kafka_bus import KafkaBus  # noqa: E402
+from clarion.adapters.kafka_topics import apply_topics  # noqa: E402
+from clarion.adapters.relay import Relay  # noqa: E402
+from clarion.adapters.topics import topic_of  # noqa: E402
+from clarion.config import KafkaConfig  # noqa: E402
+from clarion.events import JobStarted  # noqa: E402
+from clarion.testing.suites import started  # noqa: E402
+from console.replay_plan import PlanRequest, make_plan  # noqa: E402
+from console.selection import Selection  # noqa: E402
+from streams.replays import command, find_replay  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BATCH = 200
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Give the seconds that something takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+class Round:
+    """Topics and a database of one's own, with events in its outbox."""
+
+    def __init__(self, address: str, root: Path, count: int) -> None:
+        self.config = KafkaConfig(
+            bootstrap=(address,), prefix=f"b{uuid.uuid4().hex[:10]}", partitions=3, replication=1, min_insync_replicas=1
+        )
+        apply_topics(self.config)
+        self.count = count
+        self.database = Database(f"sqlite:///{root / self.config.prefix}.db")
+        self.bus = KafkaBus(self.database, SystemClock(), self.config)
+        for first in range(0, count, 1000):
+            outbox.publish(self.database, [started(f"k{one % 50}", one) for one in range(first, first + 1000)])
+        with self.database.reading() as connection:
+            self.records = [outbox.record_of(row) for row in outbox.read_after(connection, 0, count)]
+        self.topic = topic_of(JobStarted.kind, self.config.prefix)
+
+    def relay(self) -> None:
+        """Copy the outbox as the relay does."""
+        relay = Relay(self.database, self.config)
+        while relay.step():
+            pass
+        relay.drain()
+
+    def produce(self) -> None:
+        """Send the same records with a bare producer of the same settings, to a topic of the same kind."""
+        producer = KafkaProducer(**client_settings(self.config), acks="all", enable_idempotence=True, linger_ms=5)
+        for record in self.records:
+            headers = [(name, value.encode()) for name, value in record.headers.items()]
+            producer.send(f"{self.config.prefix}.groups", key=record.key.encode(), value=record.body, headers=headers)
+        producer.flush()
+        producer.close()
+
+    def handle(self) -> None:
+        """Hand every record to a handler that gives nothing."""
+        seen = 0
+
+        class Counting:
+            def handle(self, _event: object) -> tuple[()]:
+                nonlocal seen
+                seen += 1
+                return ()
+
+        self.bus.subscribe("bench", [JobStarted], Counting())
+        while seen < self.count:
+            self.bus.step()
+        self.bus.close()
+
+    def consume(self) -> None:
+        """Read the same records with a bare consumer that commits after as many."""
+        client = KafkaConsumer(
+            **client_settings(self.config), group_id="bare", enable_auto_commit=False, auto_offset_reset="earliest"
+        )
+        client.subscribe([self.topic])
+        seen = 0
+        while seen < self.count:
+            for place, records in client.poll(timeout_ms=3000, max_records=BATCH).items():
+                seen += len(records)
+                client.commit(
+                    {TopicPartition(place.topic, place.partition): OffsetAndMetadata(records[-1].offset + 1, "", -1)}
+                )
+        client.close()
+
+
+def measure_bus(address: str, rounds: int, count: int) -> dict[str, Any]:
+    """Give the ratios of relay and handler to bare clients."""
+    relay, handler = [], []
+    with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
+        for number in range(rounds):
+            one = Round(address, Path(root), count)
+            ours, bare = (one.relay, one.produce) if number % 2 else (one.produce, one.relay)
+            first, second = timed(ours), timed(bare)
+            took_relay, took_bare = (first, second) if number % 2 else (second, first)
+            relay.append(took_bare / took_relay)
+            handler.append(timed(one.consume) / timed(one.handle))
+            print(f"round {number + 1}: relay {relay[-1]:.2f}, handler {handler[-1]:.2f}", file=sys.stderr)
+    return {"relay / bare producer": _median(relay), "handler / bare consumer": _median(handler)}
+
+
+def measure_replay(counts: list[int]) -> list[dict[str, Any]]:
+    """Give what a replay of so much finished work takes, planned and run on the embedded bus, and its memory."""
+    found = []
+    for count in counts:
+        with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
+            site = Site(Path(root))
+            fill_finished(site, count)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            seconds = timed(lambda: _replay(site))  # noqa: B023
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            per_event = seconds / count * 1e6
+            found.append({"events": count, "us_per_event": round(per_event, 1), "peak_growth_mib": round(grown, 1)})
+            print(f"{count} finished: {seconds:.1f} s, peak memory +{grown:.0f} MiB", file=sys.stderr)
+    return found
+
+
+def _replay(site: Site) -> None:
+    request = PlanRequest(mode="redeliver", reason="bench", by="bench", selection=Selection())
+    replay = find_replay(site.database, make_plan(site.app, request))
+    command(site.database, replay, "run", by="bench", now=site.clock.now())
+    while find_replay(site.database, replay.replay_id).state == "running":
+        for _ in range(50):
+            site.streams._replay.step()  # noqa: SLF001  the runner alone, without the live handlers
+
+
+def _median(values: list[float]) -> dict[str, Any]:
+    return {"median": round(statistics.median(values), 3), "ratios": [round(one, 3) for one in values]}
+
+
+def main() -> None:
+    """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--events", type=int, default=20_000)
+    parser.add_argument("--finished", type=int, nargs="*", default=[10_000, 30_000, 100_000])
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clarion-broker-")))
+        broker = start_broker(root / "broker")
+        stack.callback(broker.stop)
+        figures = measure_bus(broker.address, options.rounds, options.events)
+    figures |= {"replay of finished work": measure_replay(options.finished), "cores": os.cpu_count()}
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
