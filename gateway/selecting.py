@@ -69,17 +69,35 @@ def select_studies(database: Database, wanted: StudyFilter) -> Iterator[Selected
     after = ("", "")
     while True:
         with database.reading() as connection:
-            rows = connection.execute(_query(wanted, after).limit(_BATCH)).mappings().all()
-            uids = [row["study_uid"] for row in rows]
-            closed = _closed_groups(connection, uids)
+            # A page of candidates first, then what they are: the whole is looked at once, however many pages it has.
+            page = connection.execute(_candidates(wanted, after).limit(_BATCH)).all()
+            uids = [row.study_uid for row in page]
+            rows = connection.execute(_described(wanted, uids)).mappings().all()
+            closed = _closed_groups(connection, [row["study_uid"] for row in rows])
         for row in rows:
             yield SelectedStudy(**row, groups=tuple(closed.get(row["study_uid"], ())))
-        if len(rows) < _BATCH:
+        if len(page) < _BATCH:
             return
-        after = (rows[-1]["first_received"], rows[-1]["study_uid"])
+        after = (page[-1].first_received, page[-1].study_uid)
 
 
-def _query(wanted: StudyFilter, after: tuple[str, str]) -> sa.Select[tuple[object, ...]]:
+def _candidates(wanted: StudyFilter, after: tuple[str, str]) -> sa.Select[tuple[str, str]]:
+    study = tables.studies
+    query = (
+        sa.select(study.c.first_received, study.c.study_uid)
+        .where(sa.tuple_(study.c.first_received, study.c.study_uid) > after)
+        .order_by(study.c.first_received, study.c.study_uid)
+    )
+    if wanted.received_from:
+        query = query.where(study.c.last_received >= wanted.received_from)
+    if wanted.received_to:
+        query = query.where(study.c.first_received <= wanted.received_to)
+    if wanted.study_uids:
+        query = query.where(study.c.study_uid.in_(wanted.study_uids))
+    return query
+
+
+def _described(wanted: StudyFilter, study_uids: Sequence[str]) -> sa.Select[tuple[object, ...]]:
     study, one = tables.studies, tables.instances
     attribute = {tag: one.c.attributes[tag].as_string() for tag in (_STUDY_DATE, _ACCESSION, _MODALITY)}
     query = (
@@ -96,16 +114,10 @@ def _query(wanted: StudyFilter, after: tuple[str, str]) -> sa.Select[tuple[objec
             sa.func.count(one.c.sop_instance_uid).label("instances"),
         )
         .select_from(study.outerjoin(one, one.c.study_uid == study.c.study_uid))
-        .where(sa.tuple_(study.c.first_received, study.c.study_uid) > after)
+        .where(study.c.study_uid.in_(study_uids))
         .group_by(study.c.study_uid, study.c.first_received, study.c.last_received)
         .order_by(study.c.first_received, study.c.study_uid)
     )
-    if wanted.received_from:
-        query = query.where(study.c.last_received >= wanted.received_from)
-    if wanted.received_to:
-        query = query.where(study.c.first_received <= wanted.received_to)
-    if wanted.study_uids:
-        query = query.where(study.c.study_uid.in_(wanted.study_uids))
     if wanted.ae_titles:
         here = sa.or_(one.c.calling_ae.in_(wanted.ae_titles), one.c.called_ae.in_(wanted.ae_titles))
         query = query.having(sa.func.count().filter(here) > 0)

@@ -24,6 +24,7 @@ studies = sa.Table(
     sa.Column("sequence", sa.Integer, nullable=False),
     sa.Column("first_received", TEXT, nullable=False),
     sa.Column("last_received", TEXT, nullable=False, index=True),
+    sa.Index("studies_received", "first_received", "study_uid"),
 )
 
 instances = sa.Table(

@@ -111,7 +111,8 @@ class ReplayRunner:
         limits = Limits(**row["limits"])
         since = (self._clock.now() - timedelta(minutes=1)).isoformat()
         table = replay_items
-        lately = sa.select(sa.func.count()).where(table.c.replay_id == row["replay_id"], table.c.ordered > since)
+        begun = sa.and_(table.c.replay_id == row["replay_id"], table.c.state.in_((ORDERED, DONE, FAILED)))
+        lately = sa.select(sa.func.count()).where(begun, table.c.ordered > since)
         with self._database.reading() as connection:
             ordered = int(connection.execute(lately).scalar_one())
         return max(0, min(limits.in_flight - self._under_way(row), limits.per_minute - ordered))

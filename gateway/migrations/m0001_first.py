@@ -150,6 +150,7 @@ def _studies() -> None:
         sa.Column("last_received", TEXT, nullable=False),
     )
     op.create_index("ix_studies_last_received", "studies", ["last_received"])
+    op.create_index("studies_received", "studies", ["first_received", "study_uid"])
 
 
 def _superseded_jobs() -> None:
