@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from clarion.adapters import outbox
-from clarion.adapters.deadletters import Place, redrive
+from clarion.adapters.deadletters import redrive
 from clarion.adapters.handover import Handover
-from clarion.adapters.outbox import events_table, record_of
+from clarion.adapters.outbox import ORIGIN, events_table
 from clarion.patience import PATIENCE_S, TRIES
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from clarion.plugins import StreamHandler
     from clarion.ports import Clock
 
-ORIGIN = "events"
 _BATCH = 200
 
 
@@ -70,13 +69,9 @@ class EmbeddedBus:
         if hand.rests(ORIGIN, 0):
             return False
         start, rows, last = self._waiting(consumer, sorted(hand.kinds))
-        position, stopped = start, False
-        for row in rows:
-            place = Place(origin=ORIGIN, partition=0, position=int(str(row.position)))
-            if not hand.hand(record_of(row), place):
-                stopped = True
-                break
-            position = row.position
+        handed = hand.hand_rows(rows, ORIGIN)
+        stopped = handed < len(rows)
+        position = int(str(rows[handed - 1].position)) if handed else start
         if not stopped and len(rows) < _BATCH:
             position = max(position, last)
         if position > start:

@@ -14,6 +14,10 @@ from clarion.errors import describe
 from clarion.patience import PATIENCE_S, TRIES, Patience
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import sqlalchemy as sa
+
     from clarion.adapters.database import Database
     from clarion.codec import Record
     from clarion.plugins import StreamHandler
@@ -59,6 +63,14 @@ class Handover:
             bury(self.database, self.consumer, place, record, error=error, tries=patience.failed, now=now)
         patience.reset()
         return True
+
+    def hand_rows(self, rows: Sequence[sa.Row[tuple[object, ...]]], origin: str) -> int:
+        """Hand rows of the table of events over in order, up to one that has to wait; gives how many were handed."""
+        for count, row in enumerate(rows):
+            place = Place(origin=origin, partition=0, position=int(str(row.position)))
+            if not self.hand(outbox.record_of(row), place):
+                return count
+        return len(rows)
 
     def _of(self, origin: str, partition: int) -> Patience:
         key = (origin, partition)

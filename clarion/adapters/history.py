@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from clarion.adapters.outbox import events_table, read_after, record_of
+from clarion.adapters.outbox import ORIGIN, events_table, read_after, record_of
 from clarion.model import Span
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from clarion.adapters.database import Database
     from clarion.codec import Record
-
-ORIGIN = "events"
 
 
 class OutboxHistory:
@@ -44,8 +42,8 @@ class OutboxHistory:
     def read(self, span: Span, kinds: Sequence[str], limit: int) -> tuple[list[tuple[int, Record]], int]:
         """Give a bounded number of records, each with the position behind it, and how far the span has been read."""
         with self._database.reading() as connection:
-            rows = read_after(connection, span.position - 1, limit, kinds)
-        found = [(int(str(row.position)) + 1, record_of(row)) for row in rows if int(str(row.position)) < span.end]
+            rows = read_after(connection, span.position - 1, limit, kinds, until=span.end - 1)
+        found = [(int(str(row.position)) + 1, record_of(row)) for row in rows]
         return found, found[-1][0] if len(found) == limit else span.end
 
     def close(self) -> None:

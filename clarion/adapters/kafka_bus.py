@@ -21,7 +21,7 @@ from clarion.adapters.deadletters import Place, redrive
 from clarion.adapters.handover import Handover
 from clarion.adapters.kafka import client_settings, record_at
 from clarion.adapters.kafka_history import KafkaHistory
-from clarion.adapters.relay import RELAY
+from clarion.adapters.outbox import RELAY
 from clarion.adapters.topics import topics_of
 from clarion.errors import BusUnavailableError
 from clarion.patience import PATIENCE_S, TRIES
@@ -143,7 +143,7 @@ class KafkaBus:
     def _caught_up(self, one: _Subscription) -> bool:
         client = self._client(one)
         mine = client.assignment()
-        if {partition.topic for partition in mine} != set(one.topics) or self._catching_up(one):
+        if {partition.topic for partition in mine} != set(one.topics) or self._caught_up_to(one):
             return False
         ends = client.end_offsets(list(mine))
         return all(
@@ -159,8 +159,9 @@ class KafkaBus:
     # Topics ----------------------------------------------------------------------------------------------------
 
     def _advance(self, one: _Subscription) -> bool:
-        if self._catching_up(one):
-            return self._catch_up(one)
+        start = self._caught_up_to(one)
+        if start:
+            return self._catch_up(one, start)
         try:
             client = self._client(one)
             self._resume(one, client)
@@ -239,25 +240,20 @@ class KafkaBus:
         log.error("topic.lost", consumer=one.hand.consumer, reason=reason, then="catches up from the table of events")
         outbox.keep_position(self._database, f"{_CATCH_UP}{one.hand.consumer}", -1)
 
-    def _catching_up(self, one: _Subscription) -> bool:
-        return outbox.position_of(self._database, f"{_CATCH_UP}{one.hand.consumer}") != 0
+    def _caught_up_to(self, one: _Subscription) -> int:
+        """Give how far the table of events was handed over, -1 before the first; 0 when nothing was lost."""
+        return outbox.position_of(self._database, f"{_CATCH_UP}{one.hand.consumer}")
 
-    def _catch_up(self, one: _Subscription) -> bool:
+    def _catch_up(self, one: _Subscription, start: int) -> bool:
         """Hand a batch of the table of events over, up to where the relay is; it has what the topic has lost."""
         reader = f"{_CATCH_UP}{one.hand.consumer}"
-        start = outbox.position_of(self._database, reader)
-        end = outbox.position_of(self._database, RELAY)
         if one.hand.rests(reader, 0):
             return False
+        end = outbox.position_of(self._database, RELAY)
         with self._database.reading() as connection:
-            rows = outbox.read_after(connection, start, _POLL_RECORDS, sorted(one.hand.kinds))
-        rows = [row for row in rows if int(str(row.position)) <= end]
-        done = start
-        for row in rows:
-            position = int(str(row.position))
-            if not one.hand.hand(outbox.record_of(row), Place(origin=reader, partition=0, position=position)):
-                break
-            done = position
+            rows = outbox.read_after(connection, start, _POLL_RECORDS, sorted(one.hand.kinds), until=end)
+        handed = one.hand.hand_rows(rows, reader)
+        done = int(str(rows[handed - 1].position)) if handed else start
         if not rows:
             log.info("topic.caughtup", consumer=one.hand.consumer)
         outbox.keep_position(self._database, reader, done if rows else 0)

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 SCHEMA = Schema(stage="bus", folder=Path(__file__).parent / "migrations" / "bus", head="0001")
 
+ORIGIN = "events"
+"""How a place in this table is named, where a place in a topic has the topic's name."""
+RELAY = "relay"
+"""The reader of this table that copies it to Kafka."""
+
 tables = sa.MetaData()
 events_table = sa.Table(
     "events",
@@ -135,6 +140,13 @@ def position_of(database: Database, consumer: str) -> int:
         return int(connection.execute(query).scalar_one_or_none() or 0)
 
 
+def positions_of(database: Database, readers: Sequence[str]) -> dict[str, int]:
+    """Give the positions of those of some readers that have begun."""
+    query = sa.select(consumers.c.consumer, consumers.c.position).where(consumers.c.consumer.in_(readers))
+    with database.reading() as connection:
+        return {row.consumer: int(row.position) for row in connection.execute(query)}
+
+
 def keep_position(database: Database, consumer: str, position: int) -> None:
     """Keep a reader's position."""
     with effect("bus.position"), database.transaction() as connection:
@@ -163,10 +175,17 @@ def read_of_subjects(database: Database, subjects: Sequence[str], kind: str) -> 
 
 
 def read_after(
-    connection: sa.Connection, position: int, limit: int, kinds: Sequence[str] | None = None
+    connection: sa.Connection,
+    position: int,
+    limit: int,
+    kinds: Sequence[str] | None = None,
+    *,
+    until: int | None = None,
 ) -> Sequence[sa.Row[tuple[object, ...]]]:
-    """Give rows behind a position, in order; only of some kinds, or of all."""
+    """Give rows behind a position, in order; only of some kinds, or of all; up to a last position, if there is one."""
     query = sa.select(events_table).where(events_table.c.position > position)
+    if until is not None:
+        query = query.where(events_table.c.position <= until)
     if kinds is not None:
         query = query.where(events_table.c.kind.in_(kinds))
     return connection.execute(query.order_by(events_table.c.position).limit(limit)).all()

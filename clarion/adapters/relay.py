@@ -10,6 +10,7 @@ from kafka.errors import KafkaError
 
 from clarion.adapters import outbox
 from clarion.adapters.kafka import client_settings
+from clarion.adapters.outbox import RELAY
 from clarion.adapters.topics import TOPICS, family_of, topic_of
 from clarion.errors import BusUnavailableError
 from clarion.events import ALL
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-RELAY = "relay"
 REBUILD = "rebuild:"
 _RELAY_BATCH = 500
 _ACKNOWLEDGE_S = 10.0
@@ -78,16 +78,16 @@ class Relay:
 
     def _to_rebuild(self) -> list[Any]:
         """Give what a topic that is being rebuilt wants next; it is copied anew up to where the relay is."""
-        for family in TOPICS:
-            reader = f"{REBUILD}{family}"
-            start = outbox.position_of(self._database, reader)
+        families = {f"{REBUILD}{family}": family for family in TOPICS}
+        positions = outbox.positions_of(self._database, [RELAY, *families])
+        for reader, family in families.items():
             # Positions begin at 1: a rebuild that was asked for stands at -1, one that is over at 0.
+            start = positions.get(reader, 0)
             if start == 0:
                 continue
             kinds = [kind.kind for kind in ALL if family_of(kind.kind) == family]
             with self._database.reading() as connection:
-                rows = list(outbox.read_after(connection, start, _RELAY_BATCH, kinds))
-            rows = [row for row in rows if row.position <= outbox.position_of(self._database, RELAY)]
+                rows = list(outbox.read_after(connection, start, _RELAY_BATCH, kinds, until=positions.get(RELAY, 0)))
             if rows:
                 self._reader = reader
                 return rows
