@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from clarion.adapters.embedded import ConsumerLag
 from clarion.adapters.embedded import read_lag as read_embedded_lag
 from clarion.adapters.history import first_time_after, last_position
-from clarion.adapters.outbox import position_of
+from clarion.adapters.outbox import RELAY, position_of
 from clarion.errors import BusUnavailableError
-from console.stages import RELAY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from clarion.adapters.database import Database
-    from clarion.config import Config
+    from clarion.config import Config, KafkaConfig
 
 
 def read_lag(config: Config, database: Database) -> list[ConsumerLag]:
@@ -29,14 +28,20 @@ def read_lag(config: Config, database: Database) -> list[ConsumerLag]:
     """
     kafka = config.bus.kafka
     if config.bus.kind == "embedded" or kafka is None:
-        return [one for one in read_embedded_lag(database) if one.consumer != RELAY]
+        return _embedded_lag(database)
     from clarion.adapters.kafka_topics import read_lag as read_kafka_lag  # noqa: PLC0415  an extra
 
-    relay = ConsumerLag(consumer=RELAY, behind=last_position(database) - position_of(database, RELAY))
-    groups = read_kafka_lag(kafka).items()
-    return [
-        relay,
-        *(ConsumerLag(consumer=group.removeprefix(f"{kafka.prefix}."), behind=behind) for group, behind in groups),
+    return _kafka_lag(kafka, read_relay(config, database), read_kafka_lag(kafka))
+
+
+def _embedded_lag(database: Database) -> list[ConsumerLag]:
+    return [one for one in read_embedded_lag(database) if one.consumer != RELAY]
+
+
+def _kafka_lag(kafka: KafkaConfig, relay: dict[str, Any] | None, groups: Mapping[str, int]) -> list[ConsumerLag]:
+    ahead = [] if relay is None else [ConsumerLag(consumer=RELAY, behind=relay["backlog"])]
+    return ahead + [
+        ConsumerLag(consumer=group.removeprefix(f"{kafka.prefix}."), behind=behind) for group, behind in groups.items()
     ]
 
 
@@ -60,6 +65,20 @@ class Carried:
     broker: str
 
 
+def look(config: Config, database: Database) -> Carried:
+    """Read all of it, the broker by one connection; a broker that cannot be asked is said, not raised."""
+    relay, kafka = read_relay(config, database), config.bus.kafka
+    if relay is None or kafka is None:
+        return Carried(consumers=_embedded_lag(database), topics={}, relay=None, broker="ok")
+    from clarion.adapters.kafka_topics import read_lag_and_records  # noqa: PLC0415  an extra
+
+    try:
+        groups, topics = read_lag_and_records(kafka)
+    except BusUnavailableError as error:
+        return Carried(consumers=(), topics={}, relay=relay, broker=str(error))
+    return Carried(consumers=_kafka_lag(kafka, relay, groups), topics=topics, relay=relay, broker="ok")
+
+
 class Carriage:
     """Reads it for many who look at once: a broker is asked only every few seconds, by one of them."""
 
@@ -76,22 +95,6 @@ class Carriage:
         """Give what was read a moment ago, or read it."""
         with self._lock:
             if self._read is None or time.monotonic() > self._until:
-                self._read = self._look()
+                self._read = look(self._config, self._database)
                 self._until = time.monotonic() + (self._FRESH_S if self._read.relay is not None else 0.0)
             return self._read
-
-    def _look(self) -> Carried:
-        relay = read_relay(self._config, self._database)
-        try:
-            lag, topics = read_lag(self._config, self._database), _count_records(self._config)
-            return Carried(consumers=lag, topics=topics, relay=relay, broker="ok")
-        except BusUnavailableError as error:
-            return Carried(consumers=(), topics={}, relay=relay, broker=str(error))
-
-
-def _count_records(config: Config) -> Mapping[str, int]:
-    if config.bus.kind == "embedded" or config.bus.kafka is None:
-        return {}
-    from clarion.adapters.kafka_topics import count_records  # noqa: PLC0415  an extra
-
-    return count_records(config.bus.kafka)

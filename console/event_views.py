@@ -14,8 +14,8 @@ from rich.table import Table
 from clarion.adapters.deadletters import count_by_reason
 from clarion.adapters.history import count_events, find_event, last_position, list_events
 from clarion.adapters.topics import TOPICS, family_of
-from clarion.errors import BusUnavailableError, PermanentError
-from console.carriage import read_lag, read_relay
+from clarion.errors import PermanentError
+from console.carriage import look
 from streams.queries import subjects_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def describe_event(row: EventRow, *, unmask: bool) -> dict[str, Any]:
         "event_id": row.event_id,
         "type": row.kind,
         "topic": family_of(row.kind),
-        "subject": row.subject,
+        "subject": row.record.key,
         "time": row.time,
         "trace_id": row.record.headers.get("traceparent", "")[3:35],
         "body": json.loads(row.record.body),
@@ -90,7 +90,7 @@ def tail(
 
 def line_of(row: EventRow, *, unmask: bool) -> str:
     """Say an event in one line."""
-    subject = row.subject if unmask else mask(row.subject)
+    subject = row.record.key if unmask else mask(row.record.key)
     fields = {**json.loads(row.record.body)}
     for name in ("subject", "sequence", "time", "source", "studies", "manifest", "object", "definition", "result_set"):
         fields.pop(name, None)
@@ -107,13 +107,15 @@ def read_statistics(config: Config, database: Database) -> dict[str, Any]:
         {"consumer": consumer, "state": state, "reason": reason, "count": count}
         for consumer, state, reason, count in count_by_reason(database)
     ]
-    found: dict[str, Any] = {"events": counts, "topics": topics, "dead_letters": letters, "broker": "ok"}
-    found["relay"] = read_relay(config, database)
-    try:
-        found["consumers"] = {one.consumer: one.behind for one in read_lag(config, database)}
-    except BusUnavailableError as error:
-        found |= {"consumers": {}, "broker": str(error)}
-    return found
+    carried = look(config, database)
+    return {
+        "events": counts,
+        "topics": topics,
+        "dead_letters": letters,
+        "broker": carried.broker,
+        "relay": carried.relay,
+        "consumers": {one.consumer: one.behind for one in carried.consumers},
+    }
 
 
 def show_statistics(found: dict[str, Any]) -> None:

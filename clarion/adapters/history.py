@@ -52,14 +52,25 @@ class OutboxHistory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventRow:
-    """An event in the table: where, when, what about; the whole of it as its record."""
+    """An event in the table: its position and its record, which says the rest."""
 
     position: int
-    event_id: str
-    kind: str
-    subject: str
-    time: str
     record: Record
+
+    @property
+    def event_id(self) -> str:
+        """The event's identifier."""
+        return self.record.headers["ce_id"]
+
+    @property
+    def kind(self) -> str:
+        """Its type with its version."""
+        return self.record.headers["ce_type"]
+
+    @property
+    def time(self) -> str:
+        """When it was said, UTC as ISO text."""
+        return self.record.headers["ce_time"]
 
 
 def list_events(
@@ -87,14 +98,7 @@ def list_events(
 
 
 def _event_row(row: sa.Row[tuple[object, ...]]) -> EventRow:
-    return EventRow(
-        position=int(str(row.position)),
-        event_id=str(row.event_id),
-        kind=str(row.kind),
-        subject=str(row.subject),
-        time=str(row.time),
-        record=record_of(row),
-    )
+    return EventRow(position=int(str(row.position)), record=record_of(row))
 
 
 def find_event(database: Database, event_id: str) -> EventRow | None:

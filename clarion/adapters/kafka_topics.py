@@ -66,32 +66,40 @@ def apply_topics(config: KafkaConfig) -> list[str]:
 def read_lag(config: KafkaConfig) -> dict[str, int]:
     """Give how many records each of our consumer groups is behind. Raises BusUnavailableError."""
     with _administering(config) as admin:
-        ours = [one["group_id"] for one in admin.list_groups() if one["group_id"].startswith(f"{config.prefix}.")]
-        offsets = admin.list_group_offsets(ours) if ours else {}
-        partitions = {place for found in offsets.values() for place in found}
-        latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)) if partitions else {}
-        return {
-            group: sum(max(0, latest[place].offset - committed.offset) for place, committed in found.items())
-            for group, found in sorted(offsets.items())
-        }
+        return _lag(admin, config)
 
 
-def count_records(config: KafkaConfig) -> dict[str, int]:
-    """Count the records that each of our topics holds now. Raises BusUnavailableError."""
+def read_lag_and_records(config: KafkaConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Give what `read_lag` gives, and how many records each of our topics holds now. Raises BusUnavailableError."""
     with _administering(config) as admin:
-        there = set(admin.list_topics())
-        names = [name for name in _names(config) if name in there]
-        places = [
-            TopicPartition(one["name"], partition["partition_index"])
-            for one in admin.describe_topics(names)
-            for partition in one["partitions"]
-        ]
-        first = admin.list_partition_offsets(dict.fromkeys(places, OffsetSpec.EARLIEST))
-        last = admin.list_partition_offsets(dict.fromkeys(places, OffsetSpec.LATEST))
-        counts = dict.fromkeys(names, 0)
-        for place in places:
-            counts[place.topic] += last[place].offset - first[place].offset
-        return counts
+        return _lag(admin, config), _records(admin, config)
+
+
+def _lag(admin: KafkaAdminClient, config: KafkaConfig) -> dict[str, int]:
+    ours = [one["group_id"] for one in admin.list_groups() if one["group_id"].startswith(f"{config.prefix}.")]
+    offsets = admin.list_group_offsets(ours) if ours else {}
+    partitions = {place for found in offsets.values() for place in found}
+    latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)) if partitions else {}
+    return {
+        group: sum(max(0, latest[place].offset - committed.offset) for place, committed in found.items())
+        for group, found in sorted(offsets.items())
+    }
+
+
+def _records(admin: KafkaAdminClient, config: KafkaConfig) -> dict[str, int]:
+    there = set(admin.list_topics())
+    names = [name for name in _names(config) if name in there]
+    places = [
+        TopicPartition(one["name"], partition["partition_index"])
+        for one in admin.describe_topics(names)
+        for partition in one["partitions"]
+    ]
+    first = admin.list_partition_offsets(dict.fromkeys(places, OffsetSpec.EARLIEST))
+    last = admin.list_partition_offsets(dict.fromkeys(places, OffsetSpec.LATEST))
+    counts = dict.fromkeys(names, 0)
+    for place in places:
+        counts[place.topic] += last[place].offset - first[place].offset
+    return counts
 
 
 def _differences(admin: KafkaAdminClient, config: KafkaConfig) -> Iterator[str]:
