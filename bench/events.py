@@ -66,7 +66,7 @@ class Round:
         apply_topics(self.config)
         self.count = count
         self.database = Database(f"sqlite:///{root / self.config.prefix}.db")
-        self.bus = KafkaBus(self.database, SystemClock(), self.config)
+        self.database.create(outbox.SCHEMA)
         for first in range(0, count, 1000):
             outbox.publish(self.database, [started(f"k{one % 50}", one) for one in range(first, first + 1000)])
         with self.database.reading() as connection:
@@ -89,40 +89,45 @@ class Round:
         producer.flush()
         producer.close()
 
-    def handle(self) -> None:
-        """Hand every record to a handler that gives nothing."""
-        seen = 0
+    def handle(self, runtime: str) -> float:
+        """Hand every record to a handler that gives nothing; the seconds from the first one to the last."""
+        times: list[float] = []
 
-        class Counting:
+        class Timing:
             def handle(self, _event: object) -> tuple[()]:
-                nonlocal seen
-                seen += 1
+                times.append(time.perf_counter())
                 return ()
 
-        self.bus.subscribe("bench", [JobStarted], Counting())
-        while seen < self.count:
-            self.bus.step()
-        self.bus.close()
+        bus = KafkaBus(self.database, SystemClock(), self.config, runtime=runtime)
+        bus.subscribe(f"bench-{runtime}", [JobStarted], Timing())
+        while len(times) < self.count:
+            bus.step()
+        bus.close()
+        return times[-1] - times[0]
 
-    def consume(self) -> None:
-        """Read the same records with a bare consumer that commits after as many."""
+    def consume(self) -> float:
+        """Read the same records with a bare consumer that commits after as many; the seconds likewise."""
         client = KafkaConsumer(
             **client_settings(self.config), group_id="bare", enable_auto_commit=False, auto_offset_reset="earliest"
         )
         client.subscribe([self.topic])
-        seen = 0
+        seen, begun = 0, 0.0
         while seen < self.count:
             for place, records in client.poll(timeout_ms=3000, max_records=BATCH).items():
+                begun = begun or time.perf_counter()
                 seen += len(records)
                 client.commit(
                     {TopicPartition(place.topic, place.partition): OffsetAndMetadata(records[-1].offset + 1, "", -1)}
                 )
+        took = time.perf_counter() - begun
         client.close()
+        return took
 
 
 def measure_bus(address: str, rounds: int, count: int) -> dict[str, Any]:
-    """Give the ratios of relay and handler to bare clients."""
-    relay, handler = [], []
+    """Give the ratios of the relay, and of a handler on either runtime, to bare clients."""
+    relay: list[float] = []
+    handler: dict[str, list[float]] = {"kafka-python": [], "faust": []}
     with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
         for number in range(rounds):
             one = Round(address, Path(root), count)
@@ -130,9 +135,13 @@ def measure_bus(address: str, rounds: int, count: int) -> dict[str, Any]:
             first, second = timed(ours), timed(bare)
             took_relay, took_bare = (first, second) if number % 2 else (second, first)
             relay.append(took_bare / took_relay)
-            handler.append(timed(one.consume) / timed(one.handle))
-            print(f"round {number + 1}: relay {relay[-1]:.2f}, handler {handler[-1]:.2f}", file=sys.stderr)
-    return {"relay / bare producer": _median(relay), "handler / bare consumer": _median(handler)}
+            bare_s = one.consume()
+            for runtime in sorted(handler, reverse=bool(number % 2)):
+                handler[runtime].append(bare_s / one.handle(runtime))
+            said = ", ".join(f"{runtime} {found[-1]:.2f}" for runtime, found in handler.items())
+            print(f"round {number + 1}: relay {relay[-1]:.2f}, {said}", file=sys.stderr)
+    ratios = {f"handler on {runtime} / bare consumer": _median(found) for runtime, found in handler.items()}
+    return {"relay / bare producer": _median(relay), **ratios}
 
 
 def measure_replay(counts: list[int]) -> list[dict[str, Any]]:

@@ -189,6 +189,7 @@ class KafkaConfig(Model):
     replication: Annotated[int, Field(ge=1, le=9)] = 3
     min_insync_replicas: Annotated[int, Field(ge=1, le=9)] = 2
     retention_hours: Annotated[int, Field(ge=1)] = 24 * 14
+    streams_runtime: Literal["faust", "kafka-python"] = "faust"
     security: KafkaSecurity = KafkaSecurity()
 
     @field_validator("bootstrap", mode="before")

@@ -30,6 +30,9 @@ class EventBus(Protocol):
     def step(self) -> bool:
         """Hand what is waiting to the handlers, a bounded number of events; tell whether there was any."""
 
+    def close(self) -> None:
+        """Leave; others take over at once what was subscribed here. The bus is not used afterwards."""
+
 
 class ObjectStore(Protocol):
     """Keeps bytes under references of its own making."""

@@ -79,8 +79,8 @@ class App:
         make_folder(self.data)
         return Database(self.checked.config.database_url, on_commit=self.wakeup.ring)
 
-    def bus(self) -> EventBus:
-        """A bus for one stage's subscriptions: handlers cannot tell which."""
+    def bus(self, *, streams: bool = False) -> EventBus:
+        """A bus for one stage's subscriptions: handlers cannot tell which. That of the streams may run on Faust."""
         from clarion.adapters.embedded import EmbeddedBus  # noqa: PLC0415  each process imports only what it runs
 
         if self.checked.config.bus.kind == "embedded":
@@ -88,7 +88,8 @@ class App:
         from clarion.adapters.kafka_bus import KafkaBus  # noqa: PLC0415  an extra
         from console.topics import kafka_of  # noqa: PLC0415  as above
 
-        return KafkaBus(self.database, self.clock, kafka_of(self.checked.config))
+        kafka = kafka_of(self.checked.config)
+        return KafkaBus(self.database, self.clock, kafka, runtime=kafka.streams_runtime if streams else "kafka-python")
 
     def relay(self) -> Stage:
         """The relay from the outbox to Kafka."""
@@ -120,7 +121,7 @@ class App:
         from streams.stage import StreamsStage  # noqa: PLC0415  as above
 
         return StreamsStage(
-            bus=self.bus(),
+            bus=self.bus(streams=True),
             database=self.database,
             clock=self.clock,
             pipelines=self.pipelines(),

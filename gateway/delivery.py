@@ -96,6 +96,7 @@ class DeliveryStage:
         """Let the associations in progress end."""
         for thread in self._busy.values():
             thread.join(_DRAIN_S)
+        self._bus.close()
 
     def idle(self) -> bool:
         """Tell whether no thread is at work."""

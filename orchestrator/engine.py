@@ -99,6 +99,7 @@ class Engine:
         for attempt in list(self._active.values()):
             self._end(attempt)
             self._ledger.hand_back(attempt.job, attempt.number)
+        self._bus.close()
 
     def _start_next(self) -> bool:
         if len(self._active) >= self._config.max_jobs:

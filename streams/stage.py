@@ -61,4 +61,5 @@ class StreamsStage:
         return {"handlers": ["timeline", *names(HANDLERS)]}
 
     def drain(self) -> None:
-        """Nothing is in hand between steps."""
+        """Leave the bus; nothing is in hand between steps."""
+        self._bus.close()

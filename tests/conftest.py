@@ -16,6 +16,12 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     broker.stop()
 
 
+@pytest.fixture(params=["kafka-python", "faust"])
+def runtime(request: pytest.FixtureRequest) -> str:
+    """Run a test on either runtime of the bus on Kafka."""
+    return str(request.param)
+
+
 @pytest.fixture(params=[postgres.SQLITE, postgres.POSTGRESQL])
 def each_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on SQLite and on PostgreSQL: whatever it opens by `url_in` is of that kind."""

@@ -62,6 +62,10 @@ class EmbeddedBus:
         handlers = {name: one.handler for name, one in self._subscriptions.items()}
         return redrive(self._database, handlers, self._origin) or any(moved)
 
+    def close(self) -> None:
+        """Forget the subscriptions; their positions are kept."""
+        self._subscriptions.clear()
+
     def _origin(self, letter: DeadLetter) -> Record | None:
         return outbox.find_record(self._database, letter.event_id)
 

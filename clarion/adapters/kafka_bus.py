@@ -51,7 +51,7 @@ _KNOWN = "kafka:"
 class _Subscription:
     hand: Handover
     topics: tuple[str, ...]
-    client: KafkaConsumer | None = None
+    client: Any = None
     joining: bool = True
     # The offset that comes next in each partition that was looked at since it was assigned.
     expected: dict[TopicPartition, int] = field(default_factory=dict)
@@ -76,7 +76,10 @@ class _Membership(ConsumerRebalanceListener):
 
 
 class KafkaBus:
-    """The EventBus on Kafka: one consumer group per subscription. One thread; any number of processes."""
+    """The EventBus on Kafka: one consumer group per subscription. One thread; any number of processes.
+
+    `runtime` is the client that keeps the membership and fetches: `kafka-python`, or `faust`.
+    """
 
     def __init__(
         self,
@@ -84,12 +87,14 @@ class KafkaBus:
         clock: Clock,
         config: KafkaConfig,
         *,
+        runtime: str = "kafka-python",
         tries: int = TRIES,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._database = database
         self._clock = clock
         self._config = config
+        self._runtime = runtime
         self._tries = tries
         self._patience_s = patience_s
         self._subscriptions: list[_Subscription] = []
@@ -133,7 +138,7 @@ class KafkaBus:
         for one in self._subscriptions:
             if one.client is not None:
                 one.client.close(autocommit=False)
-                one.client = None
+        self._subscriptions.clear()
         self._history.close()
 
     def caught_up(self) -> bool:
@@ -259,16 +264,24 @@ class KafkaBus:
         outbox.keep_position(self._database, reader, done if rows else 0)
         return True
 
-    def _client(self, one: _Subscription) -> KafkaConsumer:
+    def _client(self, one: _Subscription) -> Any:  # noqa: ANN401
         if one.client is None:
-            one.client = KafkaConsumer(
-                **client_settings(self._config),
-                client_id=f"{self._config.prefix}-{one.hand.consumer}",
-                group_id=f"{self._config.prefix}.{one.hand.consumer}",
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",
-                allow_auto_create_topics=False,
-                max_poll_interval_ms=int(self._patience_s * 1000) + 600_000,
-            )
-            one.client.subscribe(list(one.topics), listener=_Membership(one))
+            one.client = self._open(one, f"{self._config.prefix}.{one.hand.consumer}")
         return one.client
+
+    def _open(self, one: _Subscription, group: str) -> Any:  # noqa: ANN401  either has what is used of it
+        if self._runtime == "faust":
+            from clarion.adapters.faust_consumer import FaustConsumer  # noqa: PLC0415  only for who asks for it
+
+            return FaustConsumer(self._config, group, one.topics, _Membership(one))
+        client = KafkaConsumer(
+            **client_settings(self._config),
+            client_id=group,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            allow_auto_create_topics=False,
+            max_poll_interval_ms=int(self._patience_s * 1000) + 600_000,
+        )
+        client.subscribe(list(one.topics), listener=_Membership(one))
+        return client

@@ -98,6 +98,10 @@ class MemoryBus:
         moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
         return any(moved)
 
+    def close(self) -> None:
+        """Forget the subscriptions."""
+        self._subscriptions.clear()
+
     def _advance(self, name: str, subscription: _Subscription) -> bool:
         moved = False
         patience = subscription.patience

@@ -186,13 +186,14 @@ def count_jobs(database: Database) -> int:
 class Consumer:
     """A handler on a topic, with its relay: what it has seen, and what the log said of the topic."""
 
-    def __init__(self, kafka: Broker, root: Path) -> None:
+    def __init__(self, kafka: Broker, root: Path, runtime: str) -> None:
+        self.runtime = runtime
         self.config, self.database = topics_on(kafka.address), Database(f"sqlite:///{root / 'bus.db'}")
         self.copying, self.recorder = Relay(self.database, self.config), Recorder()
         self.open()
 
     def open(self) -> None:
-        self.bus = KafkaBus(self.database, SystemClock(), self.config)
+        self.bus = KafkaBus(self.database, SystemClock(), self.config, runtime=self.runtime)
         self.bus.subscribe("suite", [JobStarted], self.recorder)
 
     def publish(self, first: int, last: int) -> None:
@@ -214,8 +215,8 @@ class Consumer:
 
 
 @pytest.fixture
-def consumer(kafka: Broker, tmp_path: Path) -> Iterator[Consumer]:
-    one = Consumer(kafka, tmp_path)
+def consumer(kafka: Broker, tmp_path: Path, runtime: str) -> Iterator[Consumer]:
+    one = Consumer(kafka, tmp_path, runtime)
     one.publish(1, 40)
     one.sees(40, "the first events")
     yield one
@@ -307,7 +308,7 @@ def _group_deleted(admin: KafkaAdminClient, group: str) -> bool:
 # F26 -------------------------------------------------------------------------------------------------------------
 
 
-def test_members_come_and_go(kafka: Broker, tmp_path: Path) -> None:
+def test_members_come_and_go(kafka: Broker, tmp_path: Path, runtime: str) -> None:
     """F26. Members join and leave every 2 s for 30 s while requests come: none skipped, no job doubled.
 
     Bites: commit before the handler's answer is durable, and what a leaving member had in hand is skipped.
@@ -326,7 +327,7 @@ def test_members_come_and_go(kafka: Broker, tmp_path: Path) -> None:
 
     def member(leaving: threading.Event) -> None:
         own = Database(url)
-        bus = KafkaBus(own, SystemClock(), config)
+        bus = KafkaBus(own, SystemClock(), config, runtime=runtime)
         bus.subscribe("ledger", [JobRequested], Noting(own))
         while not leaving.is_set():
             try:
@@ -402,7 +403,9 @@ class OfEveryKind(Recorder):
         return super().handle(event)
 
 
-def test_twenty_kinds_of_poison_in_every_topic(kafka: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_kinds_of_poison_in_every_topic(
+    kafka: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
     """F33. Each becomes a dead letter with its place, reason and digest, healthy events go on, and after a fix every
     one is redriven from where it lies; what fails three times is in quarantine.
     """
@@ -418,7 +421,7 @@ def test_twenty_kinds_of_poison_in_every_topic(kafka: Broker, tmp_path: Path, mo
     producer.close()
     assert written == 100
     copying, recorder = Relay(database, config), OfEveryKind()
-    bus = KafkaBus(database, SystemClock(), config)
+    bus = KafkaBus(database, SystemClock(), config, runtime=runtime)
     bus.subscribe("suite", ALL, recorder)
     outbox.publish(database, [started("healthy", 1)])
     run_until(copying.step, drained(database, copying), "relayed")
