@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import sqlalchemy as sa  # noqa: E402
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
 from kafka.structs import OffsetAndMetadata  # noqa: E402
 from support.kafka import start_broker  # noqa: E402
@@ -41,6 +42,7 @@ from clarion.events import JobStarted  # noqa: E402
 from clarion.testing.suites import started  # noqa: E402
 from console.replay_plan import PlanRequest, make_plan  # noqa: E402
 from console.selection import Selection  # noqa: E402
+from orchestrator.ledger import jobs  # noqa: E402
 from streams.replays import command, find_replay  # noqa: E402
 
 if TYPE_CHECKING:
@@ -145,19 +147,55 @@ def measure_bus(address: str, rounds: int, count: int) -> dict[str, Any]:
 
 
 def measure_replay(counts: list[int]) -> list[dict[str, Any]]:
-    """Give what a replay of so much finished work takes, planned and run on the embedded bus, and its memory."""
+    """Give what a replay of so much finished work takes, planned and run on the embedded bus, and its memory.
+
+    In a process of its own, whose memory before it begins is the floor; the work was finished by another process.
+    """
     found = []
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
-            site = Site(Path(root))
-            fill_finished(site, count)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            seconds = timed(lambda: _replay(site))  # noqa: B023
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            per_event = seconds / count * 1e6
-            found.append({"events": count, "us_per_event": round(per_event, 1), "peak_growth_mib": round(grown, 1)})
-            print(f"{count} finished: {seconds:.1f} s, peak memory +{grown:.0f} MiB", file=sys.stderr)
+            for part in ("fill", "replay"):
+                command = [sys.executable, __file__, "--in", root, "--part", part, "--finished", str(count)]
+                said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found.append(json.loads(said.splitlines()[-1]))
+            print(found[-1], file=sys.stderr)
     return found
+
+
+def part_of_replay(part: str, root: Path, count: int) -> None:
+    """Do what one of the processes of `measure_replay` does."""
+    site = Site(root)
+    if part == "fill":
+        fill_finished(site, count)
+        return
+    floor = _memory("VmRSS")
+    before = _effects(site)
+    seconds = timed(lambda: _replay(site))
+    assert _effects(site) == before, "a replay of finished work has effects"
+    figures = {
+        "finished": count,
+        "seconds": round(seconds, 1),
+        "us_each": round(seconds / count * 1e6, 1),
+        "peak_growth_mib": round((_memory("VmHWM") - floor) / 1024, 1),
+    }
+    print(json.dumps(figures))
+
+
+def _memory(name: str) -> int:
+    """Give a figure of this process's memory in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _effects(site: Site) -> tuple[int, int]:
+    """Count the jobs, and the events but those of replays."""
+    with site.database.reading() as connection:
+        ours = outbox.events_table.c.kind.not_like("replay.%")
+        query = sa.select(sa.func.count()).select_from(outbox.events_table).where(ours)
+        return (
+            connection.execute(sa.select(sa.func.count()).select_from(jobs)).scalar_one(),
+            connection.execute(query).scalar_one(),
+        )
 
 
 def _replay(site: Site) -> None:
@@ -178,8 +216,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--events", type=int, default=20_000)
-    parser.add_argument("--finished", type=int, nargs="*", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--finished", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--in", dest="root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["fill", "replay"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.part:
+        part_of_replay(options.part, options.root, options.finished[0])
+        return
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clarion-broker-")))
         broker = start_broker(root / "broker")

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from support import kafka as kafka_server
 from support import postgres
 from support.kafka import Broker, start_broker
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which server served what; in the summary, for a quiet run has no header."""
+    terminalreporter.write_line(f"served by: Kafka: {kafka_server.source()}; PostgreSQL: {postgres.source()}")
+
+
+def pytest_report_header() -> str:
+    """Say which server is going to serve what."""
+    return f"servers: Kafka: {kafka_server.source()}; PostgreSQL: {postgres.source()}"
 
 
 @pytest.fixture(scope="session")

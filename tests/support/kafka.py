@@ -1,4 +1,4 @@
-"""A real Apache Kafka in KRaft mode: that of CLARION_TEST_KAFKA, or one of our own from jars kept in a cache."""
+"""A real Apache Kafka in KRaft mode: that of CLARION_TEST_KAFKA, one of our own from cached jars, or a container."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
+from support import containers
 from support.dcmtk import need
 from support.world import free_port, pause
 
 VERSION = "4.1.1"
+IMAGE = f"apache/kafka:{VERSION}"
 LOG4J = "2.24.3"
 CACHE = Path.home() / ".cache" / "clarion" / f"kafka-{VERSION}"
 JAVA, MAVEN = Path(shutil.which("java") or "/usr/bin/java"), Path(shutil.which("mvn") or "/usr/bin/mvn")
@@ -44,7 +47,7 @@ rootLogger.appenderRef.out.ref=out
 # One broker that is its own controller, small, and quick to notice members that come and go.
 _PROPERTIES = """process.roles=broker,controller
 node.id=1
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
@@ -61,6 +64,15 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
 """
+
+
+def source() -> str:
+    """Say which broker serves, in words."""
+    if given := os.environ.get("CLARION_TEST_KAFKA"):
+        return f"{given} (CLARION_TEST_KAFKA)"
+    if JAVA.exists() and (MAVEN.exists() or (CACHE / "complete").exists()):
+        return f"Apache Kafka {VERSION}, of our own"
+    return f"container {IMAGE}" if containers.engine() else "none: install default-jre-headless and maven"
 
 
 def jars() -> Path:
@@ -90,6 +102,7 @@ class Broker:
     address: str
     folder: Path | None = None
     process: subprocess.Popen[bytes] | None = None
+    container: Any = None
 
     def start(self) -> None:
         if self.folder is None:
@@ -127,6 +140,8 @@ class Broker:
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.kill()
+        if self.container is not None:
+            self.container.stop()
 
     def log(self) -> str:
         return (self.folder / "broker.log").read_text()[-3000:] if self.folder else ""
@@ -142,13 +157,15 @@ def start_broker(folder: Path, through: Callable[[int], int] | None = None) -> B
         broker = Broker(given)
         broker.wait()
         return broker
+    if source().startswith("container"):
+        return _start_container()
     lib = jars()
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     told = through(port) if through else port
     (folder / "log4j2.properties").write_text(_LOG4J)
     (folder / "server.properties").write_text(
-        _PROPERTIES.format(port=port, controller=free_port(), folder=folder, advertised=told)
+        _PROPERTIES.format(host="127.0.0.1", port=port, controller=free_port(), folder=folder, advertised=told)
     )
     java = [str(JAVA), "-cp", f"{lib}/*", "kafka.tools.StorageTool"]
     # Any base64 UUID names a cluster; this one is for all that tests start.
@@ -157,4 +174,12 @@ def start_broker(folder: Path, through: Callable[[int], int] | None = None) -> B
     subprocess.run([*java, "format", "-t", identity, "-c", properties], check=True, capture_output=True, timeout=60)
     broker = Broker(f"127.0.0.1:{told}", folder)
     broker.start()
+    return broker
+
+
+def _start_container() -> Broker:
+    port = free_port()
+    properties = _PROPERTIES.format(host="0.0.0.0", port=9092, controller=9093, folder="/tmp/kafka", advertised=port)
+    broker = Broker(f"127.0.0.1:{port}", container=containers.run_kafka(IMAGE, properties, port))
+    broker.wait()
     return broker

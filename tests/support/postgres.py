@@ -1,4 +1,4 @@
-"""A real PostgreSQL: that of CLARION_TEST_DATABASE, or one of our own in a private folder on loopback."""
+"""A real PostgreSQL: that of CLARION_TEST_DATABASE, one of our own in a private folder on loopback, or a container."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
+from support import containers
 from support.dcmtk import need
 from support.world import free_port, pause
 
@@ -23,12 +25,26 @@ from clarion.adapters.database import Database
 
 # Which database `url_in` gives; the fixture `each_database` changes it.
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
+IMAGE = "postgres:15"
 current = SQLITE
+
+
+def source() -> str:
+    """Say which server serves, in words."""
+    if os.environ.get("CLARION_TEST_DATABASE"):
+        return "that of CLARION_TEST_DATABASE"
+    if found := _installed():
+        return f"PostgreSQL {found[-1].parts[4]}, of our own"
+    return f"container {IMAGE}" if containers.engine() else "none: install postgresql"
+
+
+def _installed() -> list[Path]:
+    return sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[4]))
 
 
 def programs() -> Path:
     """Give the folder of the newest server that is installed."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[4]))
+    found = _installed()
     need(found[-1] if found else Path("/usr/lib/postgresql/15/bin/postgres"), "postgresql")
     return found[-1].parent
 
@@ -40,6 +56,7 @@ class Server:
     url: str
     folder: Path | None = None
     process: subprocess.Popen[bytes] | None = None
+    container: Any = None
 
     def start(self) -> None:
         if self.folder is None:
@@ -71,6 +88,8 @@ class Server:
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.kill()
+        if self.container is not None:
+            self.container.stop()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -110,6 +129,9 @@ def start_server() -> Server:
     given = os.environ.get("CLARION_TEST_DATABASE")
     if given:
         return Server(given.rsplit("/", 1)[0])
+    if source().startswith("container"):
+        container, url = containers.run_postgres(IMAGE)
+        return Server(url, container=container)
     folder = Path(tempfile.mkdtemp(prefix="clarion-postgresql-"))
     if (user := account()) is not None:
         shutil.chown(folder, user)
