@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
 from clarion.adapters.database import Database
 from clarion.adapters.files import free_bytes
 from clarion.errors import ClarionError, PeerUnavailableError
@@ -15,6 +17,7 @@ from clarion.loading import check_package_names
 from clarion.model import Destination
 from clarion.service import read_heartbeats
 from console.checks import check_config, notes_on
+from console.topics import kafka_of
 from gateway.access import matches
 from gateway.scu import Requestor, Timeouts
 from gateway.space import Space
@@ -26,6 +29,15 @@ if TYPE_CHECKING:
     from clarion.config import Config
 
 _CONNECT_S = 3.0
+# What a PostgreSQL has to be like for what it has committed to be there after a power cut.
+_DURABLE = {
+    "fsync": {"on"},
+    "synchronous_commit": {"on", "local", "remote_write", "remote_apply"},
+    "full_page_writes": {"on"},
+    "default_transaction_read_only": {"off"},
+    "in_hot_standby": {"off", None},
+    "server_encoding": {"UTF8"},
+}
 # An address of nobody's (RFC 5737): to match it every name has to be resolved.
 _NOBODY = "192.0.2.1"
 
@@ -55,6 +67,7 @@ def diagnose(config_file: Path) -> list[Check]:
                         remedy="add them, unless you mean it"))  # fmt: skip
     checks += _names_of_sources(config)
     checks += _database(config)
+    checks += _broker(config)
     checks.append(_space(config))
     checks += _ports(config, running)
     checks += _peers(config)
@@ -79,14 +92,33 @@ def _database(config: Config) -> Iterator[Check]:
         return
     try:
         with database.reading() as connection:
-            found = f"{connection.dialect.name} answers"
+            asked = ", ".join(f"current_setting('{name}', true) AS {name}" for name in _DURABLE)
+            settings = connection.execute(sa.text(f"SELECT {asked}, version() AS version")).mappings().one()
     except ClarionError as error:
         yield Check(name="database", good=False, found=str(error),
                      remedy="start the server, or mend database.url; receiving goes on meanwhile")  # fmt: skip
     else:
-        yield Check(name="database", good=True, found=found)
+        wrong = [f"{name} is {settings[name]}" for name, wanted in _DURABLE.items() if settings[name] not in wanted]
+        found = " ".join(settings["version"].split()[:2])
+        yield Check(name="database", good=not wrong, found=", ".join([f"{found} answers", *wrong]),
+                    remedy="set them otherwise: such a server loses commits, or takes none")  # fmt: skip
     finally:
         database.close()
+
+
+def _broker(config: Config) -> Iterator[Check]:
+    if config.bus.kind != "kafka":
+        return
+    from clarion.adapters.kafka_topics import check_topics  # noqa: PLC0415  an extra
+
+    try:
+        differences = check_topics(kafka_of(config))
+    except ClarionError as error:
+        yield Check(name="broker", good=False, found=str(error),
+                    remedy="start it, or mend bus.kafka; receiving and grouping go on meanwhile")  # fmt: skip
+    else:
+        found = "; ".join(differences) or "answers, topics as configured"
+        yield Check(name="broker", good=not differences, found=found, remedy="run `clarion topics apply`")
 
 
 def _names() -> Check:
