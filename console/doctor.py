@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 3.0
 # What a PostgreSQL has to be like for what it has committed to be there after a power cut.
-_DURABLE = {
+_DURABLE: dict[str, set[str | None]] = {
     "fsync": {"on"},
-    "synchronous_commit": {"on", "local", "remote_write", "remote_apply"},
     "full_page_writes": {"on"},
     "default_transaction_read_only": {"off"},
     "in_hot_standby": {"off", None},
