@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from console.exits import DONE, FAILED, TRANSIENT
-from streams.replays import command, count_actions, count_reasons, find_replay, read_items
+from streams.replays import command, count_reasons, find_replay, read_items
 
 if TYPE_CHECKING:
     from clarion.adapters.database import Database
@@ -36,11 +37,16 @@ def whoami() -> str:
 
 def describe(database: Database, replay: Replay) -> dict[str, Any]:
     """Give a replay as JSON holds it."""
-    reasons = [
-        {"action": action, "reason": reason, "count": count}
-        for action, reason, count in count_reasons(database, replay.replay_id)
-    ]
-    return {**asdict(replay), "actions": count_actions(database, replay.replay_id), "reasons": reasons}
+    counted = count_reasons(database, replay.replay_id)
+    reasons = [{"action": action, "reason": reason, "count": count} for action, reason, count in counted]
+    return {**asdict(replay), "actions": _by_action(counted), "reasons": reasons}
+
+
+def _by_action(counted: list[tuple[str, str, int]]) -> dict[str, int]:
+    actions: Counter[str] = Counter()
+    for action, _, count in counted:
+        actions[action] += count
+    return dict(actions)
 
 
 def command_replay(app: App, replay: Replay, verb: str) -> Replay:
@@ -51,8 +57,8 @@ def command_replay(app: App, replay: Replay, verb: str) -> Replay:
 
 def ask(database: Database, replay: Replay) -> None:
     """Show the count and the destinations and let the person confirm."""
-    actions = {name: count for name, count in count_actions(database, replay.replay_id).items() if name != "skip"}
-    said = ", ".join(f"{count} {name}" for name, count in sorted(actions.items())) or "nothing"
+    actions = sorted(_by_action(count_reasons(database, replay.replay_id)).items())
+    said = ", ".join(f"{count} {name}" for name, count in actions if name != "skip") or "nothing"
     where = ", ".join(replay.destinations) or "no destination (results stay here)"
     typer.confirm(f"{replay.mode}: {said}; to {where}. Run it?", abort=True, err=True)
 

@@ -101,7 +101,7 @@ class ReplayRunner:
         waiting = read_items(self._database, row["replay_id"], states=[PLANNED], limit=min(max(room, 1), _READ))
         for item in waiting[:room]:
             self._order(row, item, self._source_of(item))
-        if not waiting and self._under_way(row) == 0:
+        if not waiting and self._counts(row).get(ORDERED, 0) == 0:
             self._end(row, FINISHED, "")
             return True
         return bool(waiting[:room])
@@ -115,13 +115,15 @@ class ReplayRunner:
         lately = sa.select(sa.func.count()).where(begun, table.c.ordered > since)
         with self._database.reading() as connection:
             ordered = int(connection.execute(lately).scalar_one())
-        return max(0, min(limits.in_flight - self._under_way(row), limits.per_minute - ordered))
+        return max(0, min(limits.in_flight - self._counts(row).get(ORDERED, 0), limits.per_minute - ordered))
 
-    def _under_way(self, row: sa.RowMapping) -> int:
+    def _counts(self, row: sa.RowMapping) -> dict[str, int]:
+        """Count the items under way and those that have ended, by state."""
         table = replay_items
-        query = sa.select(sa.func.count()).where(table.c.replay_id == row["replay_id"], table.c.state == ORDERED)
+        here = sa.and_(table.c.replay_id == row["replay_id"], table.c.state.in_((ORDERED, DONE, FAILED)))
+        counted = sa.select(table.c.state, sa.func.count()).where(here).group_by(table.c.state)
         with self._database.reading() as connection:
-            return int(connection.execute(query).scalar_one())
+            return {one[0]: one[1] for one in connection.execute(counted)}
 
     def _span(self, row: sa.RowMapping) -> Span | None:
         """Give the first stretch that has not been read to its end; finds the stretches when there are none yet."""
@@ -276,12 +278,9 @@ class ReplayRunner:
     def _objection(self, row: sa.RowMapping) -> str:
         """Say why the replay must not go on; empty when it may."""
         limits = Limits(**row["limits"])
-        table = replay_items
-        here = table.c.replay_id == row["replay_id"]
-        counted = sa.select(table.c.state, sa.func.count()).where(here, table.c.state.in_((DONE, FAILED)))
-        with self._database.reading() as connection:
-            counts: dict[str, int] = {one[0]: one[1] for one in connection.execute(counted.group_by(table.c.state))}
-        failed, ended = counts.get(FAILED, 0), sum(counts.values())
+        counts = self._counts(row)
+        failed = counts.get(FAILED, 0)
+        ended = failed + counts.get(DONE, 0)
         if ended >= _FEW and failed * 100 > limits.stop_above_percent * ended:
             return f"{failed} of {ended} items failed; more than {limits.stop_above_percent:g} %"
         if limits.budget_minutes is not None and self._minutes_used(row) >= limits.budget_minutes:

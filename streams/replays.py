@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -23,7 +24,7 @@ from clarion.model import derive
 from streams.tables import replay_items, replays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from clarion.adapters.database import Database
 
@@ -126,7 +127,8 @@ def save_plan(database: Database, header: Header, items: Iterable[Item]) -> str:
     with effect("replay.plan"), database.transaction() as connection:
         connection.execute(replays.insert().values(**row, sequence=1, records_read=0))
     digest, count, skipped = _digest_of(header), 0, 0
-    for batch in _batches(items):
+    coming = iter(items)
+    while batch := list(islice(coming, _BATCH)):
         rows = []
         for number, item in enumerate(batch, count + 1):
             digest.update(_canonical(number, asdict(item)))
@@ -165,17 +167,6 @@ def _digest_of(header: Header) -> Any:  # noqa: ANN401  a hash object has no pub
 
 def _canonical(number: int, item: Mapping[str, Any]) -> bytes:
     return f"\n{number} {json.dumps(item, sort_keys=True)}".encode()
-
-
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def find_replay(database: Database, replay_id: str) -> Replay:
@@ -225,14 +216,6 @@ def read_items(
         query = query.where(table.c.state.in_(states))
     with database.reading() as connection:
         return [dict(row) for row in connection.execute(query.order_by(table.c.number).limit(limit)).mappings()]
-
-
-def count_actions(database: Database, replay_id: str) -> dict[str, int]:
-    """Count a plan's items by what is to be done."""
-    table = replay_items
-    query = sa.select(table.c.action, sa.func.count()).where(table.c.replay_id == replay_id).group_by(table.c.action)
-    with database.reading() as connection:
-        return {row[0]: row[1] for row in connection.execute(query)}
 
 
 def count_reasons(database: Database, replay_id: str) -> list[tuple[str, str, int]]:

@@ -95,4 +95,6 @@ def read_lag(database: Database) -> list[ConsumerLag]:
     with database.reading() as connection:
         last = connection.execute(sa.select(sa.func.max(events_table.c.position))).scalar() or 0
         rows = connection.execute(sa.select(outbox.consumers).order_by(outbox.consumers.c.consumer)).all()
+    # Names with a colon are marks that the bus on Kafka keeps beside the handlers' positions.
+    rows = [row for row in rows if ":" not in row.consumer]
     return [ConsumerLag(consumer=row.consumer, behind=max(0, last - row.position)) for row in rows]
