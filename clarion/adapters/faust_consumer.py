@@ -268,6 +268,9 @@ class FaustConsumer:
     async def _fill(self, stream: Any) -> None:  # noqa: ANN401  Faust's stream
         """Be the agent: put what comes into the box."""
         async for event in stream.noack().events():
+            if stream.app is not self._app:
+                # Of an app that was replaced and has not ended yet.
+                return
             place = TopicPartition(event.message.topic, event.message.partition)
             with self._box:
                 partition = self._partitions.get(place)
@@ -279,12 +282,14 @@ class FaustConsumer:
                     self._consumer().on_buffer_full(TP(*place))
                 self._box.notify()
 
-    async def _on_revoked(self, *_app_and_revoked: object, **_signal: object) -> None:
-        self._share_out(set(), joined=False)
+    async def _on_revoked(self, *app_and_revoked: object, **_signal: object) -> None:
+        if app_and_revoked[0] is self._app:
+            self._share_out(set(), joined=False)
 
     async def _on_assigned(self, *app_and_assigned: Any, **_signal: object) -> None:  # noqa: ANN401  Faust's signal
         assigned: Iterable[TP] = app_and_assigned[1]
-        self._share_out({TopicPartition(one.topic, one.partition) for one in assigned}, joined=True)
+        if app_and_assigned[0] is self._app:
+            self._share_out({TopicPartition(one.topic, one.partition) for one in assigned}, joined=True)
 
     def _share_out(self, places: set[TopicPartition], *, joined: bool) -> None:
         with self._box:
