@@ -50,7 +50,7 @@ lock: install ## Compute the pinned requirement files anew
 	$(COMPILE) --extra kafka --extra postgres --extra kubernetes --extra triton --extra s3 --extra codecs pyproject.toml -o requirements/extras.txt
 	for cuda in 12 13; do $(COMPILE) --extra gpu-cuda$$cuda pyproject.toml -c requirements/dev.txt -o requirements/gpu-cuda$$cuda.txt; done
 
-bench: install ## Measure, interleaved, as ratios: BENCH=receive (default) against storescp, BENCH=events against bare Kafka clients
+bench: install ## Measure, interleaved, as ratios: BENCH=receive (default) against storescp, BENCH=events against bare Kafka clients, BENCH=latency
 	@$(BIN)/python bench/$(BENCH).py $(ARGS)
 
 clean: ## Remove what was built: environment, caches, artifacts

@@ -224,13 +224,14 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=200)
     parser.add_argument("--studies", type=int, default=20)
     parser.add_argument("--backlog", type=int, default=100_000)
+    parser.add_argument("--kinds", nargs="+", default=["embedded", "faust", "kafka-python"])
     options = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clarion-bench-")))
         broker = start_broker(root / "broker")
         stack.callback(broker.stop)
-        for kind in ("embedded", "faust", "kafka-python"):
+        for kind in options.kinds:
             found[kind] = {"event to handler": measure_latency(root, broker.address, kind, options.events)}
             found[kind]["group to job"] = measure_dispatch(root, broker.address, kind, options.studies)
             found[kind]["backlog"] = measure_backlog(root, broker.address, kind, options.backlog)
