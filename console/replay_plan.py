@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 _BATCH = 200
 _WINDOW = timedelta(seconds=1)
 # States of a job and of a delivery that need nobody.
+# What differs between deliveries that failed for the same reason.
+_FIRST_INSTANCE = re.compile(r"first [0-9.]+: ")
 _UNDER_WAY = ("requested", "running")
 _PRIORITY = "lower"
 
@@ -245,7 +248,7 @@ class Planner:
             if known is None and self._request.mode == "failed":
                 continue
             if known is not None and not self._is_to_send(known):
-                reason = f"delivery to {destination} is {known.state}" + (f" ({known.reason})" if known.reason else "")
+                reason = f"delivery to {destination} is {known.state}" + (f" ({_why(known)})" if known.reason else "")
                 yield self._skip(work, job, reason, destination=destination)
                 continue
             order = {"action": "send", "job_id": job.job_id, "destinations": [destination],
@@ -254,7 +257,7 @@ class Planner:
             yield self._item(
                 work,
                 action="send" if known is None else "resend",
-                reason="never sent there" if known is None else f"delivery is {known.state}: {known.reason}",
+                reason="never sent there" if known is None else f"delivery is {known.state}: {_why(known)}",
                 pipeline_id=job.pipeline_id,
                 job_id=job.job_id,
                 target=target,
@@ -300,6 +303,11 @@ class _Work:
     closed: events.GroupClosed
     jobs: list[GroupJob]
     deliveries: dict[str, DeliveryRow]
+
+
+def _why(delivery: DeliveryRow) -> str:
+    """Say why a delivery is as it is, the same for all that are so for the same reason: a plan counts its reasons."""
+    return _FIRST_INSTANCE.sub("", delivery.reason)
 
 
 def _why_nothing(job: GroupJob, wanted: str) -> str:

@@ -22,10 +22,11 @@ from faust.types import TP
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaConnectionError
 
-from clarion.adapters.kafka import client_settings
+from clarion.adapters.kafka import HEARTBEAT_S, SESSION_S, client_settings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
+    from concurrent.futures import Future
 
     from kafka import ConsumerRebalanceListener
     from kafka.structs import OffsetAndMetadata
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_START_S, _CALL_S, _STOP_S, _AGAIN_S = 30.0, 30.0, 10.0, 1.0
+# Leaving may take a while when the broker is away or the group is being shared out; whoever leaves without saying so is
+# no longer waited for after a session.
+_CALL_S, _STOP_S, _AGAIN_S = 10.0, 3.0, 1.0
 _COMMIT_S = 0.5
 # When so many records of a partition wait for us no more are fetched, until half of them are gone.
 _FULL = 1000
@@ -102,6 +105,7 @@ class FaustConsumer:
         self._shared_out, self._told, self._joined = 0, 0, False
         self._again_at = 0.0
         self._app: _App | None = None
+        self._starting: Future[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"faust {group}", daemon=True)
         self._thread.start()
@@ -188,7 +192,7 @@ class FaustConsumer:
         return dict(self._asking.end_offsets(places))
 
     def close(self, *, autocommit: bool = False) -> None:
-        """Leave the group, within ten seconds."""
+        """Leave the group, within a few seconds."""
         del autocommit
         self._stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -198,14 +202,25 @@ class FaustConsumer:
     # The app ---------------------------------------------------------------------------------------------------
 
     def _keep_running(self) -> None:
-        """Start the app; one that crashed, as it does when the broker goes, is replaced by a new one."""
-        if self._app is not None and not (self._app.crashed or self._app.should_stop):
+        """Have the app running, or on its way; one that has crashed or could not start is replaced by a new one."""
+        failed = self._starting.exception() if self._starting is not None and self._starting.done() else None
+        if self._app is not None and failed is None and not (self._app.crashed or self._app.should_stop):
             return
         if time.monotonic() < self._again_at:
-            raise KafkaConnectionError("Faust's app is not running")
+            raise KafkaConnectionError(f"Faust's app is not running: {type(failed).__name__}")
         self._again_at = time.monotonic() + _AGAIN_S
         self._stop()
-        self._call(self._start(), _START_S)
+        self._call(self._create())
+        # Starting takes as long as the group takes to be shared out; nobody waits for it here.
+        self._starting = asyncio.run_coroutine_threadsafe(self._app_now().start(), self._loop)
+
+    async def _create(self) -> None:
+        self._app = self._make_app()
+
+    def _app_now(self) -> _App:
+        if self._app is None:
+            raise KafkaConnectionError("Faust's app is not running")
+        return self._app
 
     def _make_app(self) -> _App:
         security = self._config.security
@@ -222,6 +237,8 @@ class FaustConsumer:
             broker_credentials=credentials,
             broker_client_id=self._group,
             broker_commit_interval=_COMMIT_S,
+            broker_session_timeout=SESSION_S,
+            broker_heartbeat_interval=HEARTBEAT_S,
             # Else Faust lets the environment (PROCESSING_GUARANTEE, BROKER_URL, ...) override all that is said here.
             env={},
             # Exactly-once mode never ends on SIGTERM.
@@ -242,13 +259,12 @@ class FaustConsumer:
         app.on_partitions_assigned.connect(self._on_assigned)
         return app
 
-    async def _start(self) -> None:
-        self._app = self._make_app()
-        await self._app.start()
-
     def _stop(self) -> None:
         if self._app is None:
             return
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
         try:
             self._call(self._app.stop(), _STOP_S)
         except KafkaConnectionError as error:
@@ -320,6 +336,4 @@ class FaustConsumer:
         self._consumer()._committed_offset[place] = None  # noqa: SLF001  else Faust takes it for committed already
 
     def _consumer(self) -> Any:  # noqa: ANN401  Faust's consumer
-        if self._app is None:
-            raise KafkaConnectionError("Faust's app is not running")
-        return self._app.consumer
+        return self._app_now().consumer

@@ -9,6 +9,8 @@ from clarion.codec import Record
 if TYPE_CHECKING:
     from clarion.config import KafkaConfig
 
+SESSION_S, HEARTBEAT_S = 10, 3
+"""After what silence a member that was killed is no longer waited for by its group; how often a member speaks."""
 _RECONNECT_MS = 1000
 _BOOTSTRAP_MS = 5000
 

@@ -19,7 +19,7 @@ from kafka.structs import OffsetAndMetadata
 from clarion.adapters import outbox
 from clarion.adapters.deadletters import Place, redrive
 from clarion.adapters.handover import Handover
-from clarion.adapters.kafka import client_settings, record_at
+from clarion.adapters.kafka import HEARTBEAT_S, SESSION_S, client_settings, record_at
 from clarion.adapters.kafka_history import KafkaHistory
 from clarion.adapters.outbox import RELAY
 from clarion.adapters.topics import topics_of
@@ -281,6 +281,8 @@ class KafkaBus:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
+            session_timeout_ms=SESSION_S * 1000,
+            heartbeat_interval_ms=HEARTBEAT_S * 1000,
             max_poll_interval_ms=int(self._patience_s * 1000) + 600_000,
         )
         client.subscribe(list(one.topics), listener=_Membership(one))
