@@ -22,7 +22,7 @@ from faust.types import TP
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaConnectionError
 
-from clarion.adapters.kafka import HEARTBEAT_S, SESSION_S, client_settings
+from clarion.adapters.kafka import HEARTBEAT_S, METADATA_S, SESSION_S, client_settings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
@@ -86,6 +86,17 @@ class _App(faust.App):
     BootStrategy = _Boot
 
 
+class _Forgetting(dict[TP, int | None]):
+    """What Faust remembers of how far it has read: nothing.
+
+    It would drop, without a word, whatever comes with a smaller offset, as all of a topic does that was deleted and
+    made again. It goes on from where the client does; the bus compares offsets.
+    """
+
+    def __getitem__(self, _place: TP) -> None:
+        return None
+
+
 class FaustConsumer:
     """The part of `kafka.KafkaConsumer` that `KafkaBus` uses. One thread calls it; Faust's loop runs on another.
 
@@ -122,23 +133,21 @@ class FaustConsumer:
                 self._listener.on_partitions_revoked(set())
                 if self._joined:
                     self._listener.on_partitions_assigned(set(self._partitions))
-            found = {}
-            for place, partition in self._partitions.items():
-                if partition.waiting and not partition.paused and max_records:
-                    found[place] = partition.take(max_records)
-                    max_records -= len(found[place])
-            return found
+            ready = self._ready()
+            # Each has its share: one with a backlog keeps none waiting.
+            return {place: partition.take(-(-max_records // len(ready))) for place, partition in ready.items()}
+
+    def _ready(self) -> dict[TopicPartition, _Partition]:
+        return {place: one for place, one in self._partitions.items() if one.waiting and not one.paused}
 
     def _has_news(self) -> bool:
-        return self._told != self._shared_out or any(
-            one.waiting and not one.paused for one in self._partitions.values()
-        )
+        return self._told != self._shared_out or bool(self._ready())
 
     def seek(self, place: TopicPartition, offset: int) -> None:
-        """Let the record at the offset be the next one of its partition."""
+        """Let the record at the offset be the next one. One that was shared out anew begins at what is committed."""
         with self._box:
             partition = self._partitions.get(place)
-            if partition is None or partition.go_back(offset):
+            if self._told != self._shared_out or partition is None or partition.go_back(offset):
                 return
             partition.waiting.clear()
         self._call(self._seek(TP(*place), offset))
@@ -154,7 +163,7 @@ class FaustConsumer:
     def _set_paused(self, places: Iterable[TopicPartition], *, paused: bool) -> None:
         with self._box:
             for place in self._partitions.keys() & set(places):
-                self._partitions[place].paused = paused
+                self._partitions[place].paused = paused and self._told == self._shared_out
 
     def paused(self) -> set[TopicPartition]:
         """Give the partitions that are paused."""
@@ -244,6 +253,7 @@ class FaustConsumer:
             # Exactly-once mode never ends on SIGTERM.
             processing_guarantee="at_least_once",
             consumer_auto_offset_reset="earliest",
+            consumer_metadata_max_age_ms=METADATA_S * 1000,
             # A record that waits for an hour must keep neither the group from being shared out nor us from stopping.
             stream_wait_empty=False,
             store="memory://",
@@ -254,6 +264,8 @@ class FaustConsumer:
             loop=self._loop,
         )
         topic = app.topic(*self._topics, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
+        reading: Any = app.consumer
+        reading._read_offset = _Forgetting()  # noqa: SLF001  see there
         app.agent(topic, name="box")(self._fill)
         app.on_partitions_revoked.connect(self._on_revoked)
         app.on_partitions_assigned.connect(self._on_assigned)
@@ -293,7 +305,8 @@ class FaustConsumer:
                 if partition is None:
                     continue
                 partition.waiting.append(event)
-                if len(partition.waiting) >= _FULL and not partition.full:
+                if len(partition.waiting) >= _FULL:
+                    # Said each time: Faust takes it back when its own queue is no longer full.
                     partition.full = True
                     self._consumer().on_buffer_full(TP(*place))
                 self._box.notify()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 SESSION_S, HEARTBEAT_S = 10, 3
 """After what silence a member that was killed is no longer waited for by its group; how often a member speaks."""
+METADATA_S = 10
+"""How often a consumer asks which topics there are: one that was deleted and made again is noticed by that."""
 _RECONNECT_MS = 1000
 _BOOTSTRAP_MS = 5000
 

@@ -19,7 +19,7 @@ from kafka.structs import OffsetAndMetadata
 from clarion.adapters import outbox
 from clarion.adapters.deadletters import Place, redrive
 from clarion.adapters.handover import Handover
-from clarion.adapters.kafka import HEARTBEAT_S, SESSION_S, client_settings, record_at
+from clarion.adapters.kafka import HEARTBEAT_S, METADATA_S, SESSION_S, client_settings, record_at
 from clarion.adapters.kafka_history import KafkaHistory
 from clarion.adapters.outbox import RELAY
 from clarion.adapters.topics import topics_of
@@ -172,7 +172,7 @@ class KafkaBus:
             self._resume(one, client)
             timeout_ms = _JOIN_MS if one.joining else _POLL_MS
             found = client.poll(timeout_ms=timeout_ms, max_records=_POLL_RECORDS)
-            lost = self._look_at_assignment(one, client)
+            lost = self._look_at_assignment(one, client) or (not found and self._look_behind(one, client))
             moved = False
             for place, records in found.items():
                 moved |= self._take(one, client, place, records) if not lost else self._back(client, place, records)
@@ -240,6 +240,16 @@ class KafkaBus:
             outbox.keep_position(self._database, f"{_KNOWN}{one.hand.consumer}", 1)
         return bool(lost)
 
+    def _look_behind(self, one: _Subscription, client: Any) -> bool:  # noqa: ANN401  either runtime's
+        """Tell whether a client has gone back by itself, as it does when a topic was deleted and made again."""
+        back = {place: client.position(place) for place in client.assignment() & one.expected.keys()}
+        back = {place: position for place, position in back.items() if position < one.expected[place]}
+        for place, position in back.items():
+            self._lost(one, f"{place.topic} {place.partition}: ends before offset {one.expected[place]}")
+            client.commit({place: OffsetAndMetadata(position, "", -1)})
+            one.expected[place] = position
+        return bool(back)
+
     def _lost(self, one: _Subscription, reason: str) -> None:
         """Note that a topic has lost records, before anything says that they were handled."""
         log.error("topic.lost", consumer=one.hand.consumer, reason=reason, then="catches up from the table of events")
@@ -282,6 +292,7 @@ class KafkaBus:
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
             session_timeout_ms=SESSION_S * 1000,
+            metadata_max_age_ms=METADATA_S * 1000,
             heartbeat_interval_ms=HEARTBEAT_S * 1000,
             max_poll_interval_ms=int(self._patience_s * 1000) + 600_000,
         )

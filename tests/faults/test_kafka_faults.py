@@ -256,6 +256,25 @@ def test_a_topic_is_deleted(consumer: Consumer, capsys: pytest.CaptureFixture[st
     assert digest_of(there) == wanted
 
 
+def test_a_topic_is_made_again_under_a_member(consumer: Consumer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its offsets begin anew while the member remembers the old ones.
+
+    Bites: let Faust remember how far it has read, and it drops all that the new topic has up to there.
+    """
+    admin, topic = consumer.admin(), f"{consumer.config.prefix}.jobs"
+    admin.delete_topics([topic])
+    run_until(
+        consumer.bus.step, lambda: f"topic {topic} is missing" in check_topics(consumer.config), "the topic is gone"
+    )
+    admin.close()
+    apply_topics(consumer.config)
+    consumer.publish(41, 60)
+    consumer.sees(60, "what the new topic has")
+    consumer.publish(61, 140)
+    consumer.sees(140, "and goes on to have")
+    assert "topic.lost" in capsys.readouterr().out
+
+
 def test_retention_passes_what_was_not_read_yet(consumer: Consumer, capsys: pytest.CaptureFixture[str]) -> None:
     consumer.bus.close()
     consumer.publish(41, 80)
