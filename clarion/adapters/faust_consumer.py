@@ -89,8 +89,8 @@ class _App(faust.App):
 class _Forgetting(dict[TP, int | None]):
     """What Faust remembers of how far it has read: nothing.
 
-    It would drop, without a word, whatever comes with a smaller offset, as all of a topic does that was deleted and
-    made again. It goes on from where the client does; the bus compares offsets.
+    It would drop, without a word, whatever comes with a smaller offset, as all does after a broker was restored from a
+    copy. It goes on from where the client does; the bus compares offsets.
     """
 
     def __getitem__(self, _place: TP) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 import time
 import uuid
@@ -259,13 +260,11 @@ def test_a_topic_is_deleted(consumer: Consumer, capsys: pytest.CaptureFixture[st
 def test_a_topic_is_made_again_under_a_member(consumer: Consumer, capsys: pytest.CaptureFixture[str]) -> None:
     """Its offsets begin anew while the member remembers the old ones.
 
-    Bites: let Faust remember how far it has read, and it drops all that the new topic has up to there.
+    Bites: compare offsets only when something comes; kafka-python goes to the end of the new topic, silently.
     """
     admin, topic = consumer.admin(), f"{consumer.config.prefix}.jobs"
     admin.delete_topics([topic])
-    run_until(
-        consumer.bus.step, lambda: f"topic {topic} is missing" in check_topics(consumer.config), "the topic is gone"
-    )
+    run_until(lambda: False, lambda: f"topic {topic} is missing" in check_topics(consumer.config), "the topic is gone")
     admin.close()
     apply_topics(consumer.config)
     consumer.publish(41, 60)
@@ -273,6 +272,32 @@ def test_a_topic_is_made_again_under_a_member(consumer: Consumer, capsys: pytest
     consumer.publish(61, 140)
     consumer.sees(140, "and goes on to have")
     assert "topic.lost" in capsys.readouterr().out
+
+
+def test_a_broker_comes_back_as_it_was_yesterday(own_broker: Broker, tmp_path: Path, runtime: str) -> None:
+    """Restored from a copy under a member: what was relayed since is gone from the topic, its offsets come again.
+
+    Bites: let Faust remember how far it has read, and it drops what comes with offsets that it has seen.
+    """
+    one = Consumer(own_broker, tmp_path, runtime)
+    folder = own_broker.folder
+    assert folder is not None
+    try:
+        one.publish(1, 40)
+        one.sees(40, "the first events")
+        own_broker.kill()
+        shutil.copytree(folder / "log", tmp_path / "yesterday")
+        own_broker.start()
+        one.publish(41, 140)
+        one.sees(140, "what comes after the copy")
+        own_broker.kill()
+        shutil.rmtree(folder / "log")
+        shutil.copytree(tmp_path / "yesterday", folder / "log")
+        own_broker.start()
+        one.publish(141, 200)
+        one.sees(200, "what comes after the restoring")
+    finally:
+        one.close()
 
 
 def test_retention_passes_what_was_not_read_yet(consumer: Consumer, capsys: pytest.CaptureFixture[str]) -> None:
