@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import sqlalchemy as sa  # noqa: E402
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
 from kafka.structs import OffsetAndMetadata  # noqa: E402
-from support.kafka import start_broker  # noqa: E402
+from support.kafka import start_broker, topics_on  # noqa: E402
 from support.site import Site, fill_finished  # noqa: E402
 
 from clarion.adapters import outbox  # noqa: E402
@@ -34,10 +33,8 @@ from clarion.adapters.clock import SystemClock  # noqa: E402
 from clarion.adapters.database import Database  # noqa: E402
 from clarion.adapters.kafka import client_settings  # noqa: E402
 from clarion.adapters.kafka_bus import KafkaBus  # noqa: E402
-from clarion.adapters.kafka_topics import apply_topics  # noqa: E402
 from clarion.adapters.relay import Relay  # noqa: E402
 from clarion.adapters.topics import topic_of  # noqa: E402
-from clarion.config import KafkaConfig  # noqa: E402
 from clarion.events import JobStarted  # noqa: E402
 from clarion.testing.suites import started  # noqa: E402
 from console.replay_plan import PlanRequest, make_plan  # noqa: E402
@@ -62,10 +59,7 @@ class Round:
     """Topics and a database of one's own, with events in its outbox."""
 
     def __init__(self, address: str, root: Path, count: int) -> None:
-        self.config = KafkaConfig(
-            bootstrap=(address,), prefix=f"b{uuid.uuid4().hex[:10]}", partitions=3, replication=1, min_insync_replicas=1
-        )
-        apply_topics(self.config)
+        self.config = topics_on(address)
         self.count = count
         self.database = Database(f"sqlite:///{root / self.config.prefix}.db")
         self.database.create(outbox.SCHEMA)

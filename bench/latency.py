@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 import time
-import uuid
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import yaml  # noqa: E402
 from support.dcmtk import storescu  # noqa: E402
-from support.kafka import start_broker  # noqa: E402
+from support.kafka import start_broker, topics_on  # noqa: E402
 from support.system import describe, running  # noqa: E402
 from support.world import make_series, pause  # noqa: E402
 
@@ -36,15 +35,15 @@ from clarion.adapters.database import Database  # noqa: E402
 from clarion.adapters.embedded import EmbeddedBus  # noqa: E402
 from clarion.adapters.history import list_events  # noqa: E402
 from clarion.adapters.kafka_bus import KafkaBus  # noqa: E402
-from clarion.adapters.kafka_topics import apply_topics  # noqa: E402
 from clarion.adapters.relay import Relay  # noqa: E402
-from clarion.config import KafkaConfig  # noqa: E402
 from clarion.events import GroupClosed, JobStarted  # noqa: E402
 from clarion.service import Service, open_wakeup  # noqa: E402
 from clarion.testing.phantom import PhantomSpec  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from clarion.config import KafkaConfig
 
 KEYS = 200
 WARM_UP = 10
@@ -119,15 +118,6 @@ def seen(folder: Path, count: int, deadline_s: float) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()]
 
 
-def topics(address: str) -> KafkaConfig:
-    """Make topics of one's own."""
-    kafka = KafkaConfig(
-        bootstrap=(address,), prefix=f"b{uuid.uuid4().hex[:10]}", partitions=3, replication=1, min_insync_replicas=1
-    )
-    apply_topics(kafka)
-    return kafka
-
-
 def started(key: int, sequence: int) -> JobStarted:
     """Make an event of this moment."""
     return JobStarted(subject=f"k{key}", sequence=sequence, time=datetime.now(UTC), source="bench", attempt=sequence)
@@ -177,7 +167,7 @@ def _world(folder: Path, address: str, kind: str) -> tuple[Database, KafkaConfig
     wakeup = open_wakeup(folder, "bench")
     database = Database(f"sqlite:///{folder / 'bench.db'}", on_commit=wakeup.ring)
     database.create(outbox.SCHEMA)
-    return (database, None, "") if kind == "embedded" else (database, topics(address), kind)
+    return (database, None, "") if kind == "embedded" else (database, topics_on(address), kind)
 
 
 def measure_dispatch(root: Path, address: str, kind: str, studies: int) -> dict[str, float]:
@@ -187,7 +177,7 @@ def measure_dispatch(root: Path, address: str, kind: str, studies: int) -> dict[
     config = describe(folder, ae_titles=titles)
     if kind != "embedded":
         described = yaml.safe_load(config.read_text())
-        kafka = topics(address).model_dump(mode="json", exclude={"security", "streams_runtime"})
+        kafka = topics_on(address).model_dump(mode="json", exclude={"security", "streams_runtime"})
         described["bus"] = {"kind": "kafka", "kafka": {**kafka, "streams_runtime": kind}}
         config.write_text(yaml.safe_dump(described))
     with running(config) as system:

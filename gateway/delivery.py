@@ -113,8 +113,7 @@ class DeliveryStage:
                 log.warning("delivery.interrupted", delivery=delivery.delivery_id, reason=str(error))
                 if isinstance(error, TransientError):
                     return
-            except Exception:
-                # The one catch-all of a destination's thread; the delivery is due again by itself.
+            except Exception:  # the one catch-all of a destination's thread; the delivery is due again by itself
                 log.exception("delivery.broken", delivery=delivery.delivery_id)
 
     # Sending ---------------------------------------------------------------------------------------------------

@@ -84,8 +84,7 @@ class Intake:
         except StoreUnavailableError as error:
             log.error("instance.refused", reason=str(error), association=arrival.association)  # noqa: TRY400  no trace
             answer = Answer(status=OUT_OF_RESOURCES, comment="storage unavailable")
-        except Exception:
-            # The boundary to the wire: whatever we got wrong, the sender is told a failure and may send again.
+        except Exception:  # the boundary to the wire: the sender is told a failure and may send again
             log_id = uuid.uuid4().hex[:12]
             log.exception("instance.failed", log_id=log_id, association=arrival.association)
             answer = Answer(status=PROCESSING_FAILURE, comment=f"internal error, log id {log_id}")

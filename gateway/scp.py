@@ -189,8 +189,7 @@ class Scp:
         )
         try:
             checked = self._check(calling, called, address, storage=storage)
-        except Exception:
-            # The library would go on and accept: whatever we got wrong, nobody comes in by it.
+        except Exception:  # the library would go on and accept: whatever we got wrong, nobody comes in by it
             log.exception("association.failed", address=address)
             checked = OUR_FAULT
         if isinstance(checked, Rejection):

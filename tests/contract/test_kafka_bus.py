@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kafka import TopicPartition
-from support.kafka import Broker
+from support.kafka import Broker, topics_on
 from support.world import pause
 
 from clarion.adapters.database import Database
@@ -49,12 +49,7 @@ class RelayedBus(KafkaBus):
 @pytest.fixture
 def config(kafka: Broker) -> KafkaConfig:
     """Topics of their own for every test."""
-    config = KafkaConfig(
-        bootstrap=(kafka.address,), prefix=f"t{uuid.uuid4().hex[:12]}", partitions=3, replication=1,
-        min_insync_replicas=1,
-    )  # fmt: skip
-    apply_topics(config)
-    return config
+    return topics_on(kafka.address)
 
 
 @pytest.fixture

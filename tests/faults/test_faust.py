@@ -6,7 +6,6 @@ import asyncio
 import socket
 import threading
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from faust.app.base import BootStrategy
 from faust.types import TP
 from kafka import ConsumerRebalanceListener, KafkaProducer, TopicPartition
 from kafka.structs import OffsetAndMetadata
-from support.kafka import Broker
+from support.kafka import Broker, topics_on
 
 from clarion.adapters import faust_consumer
 from clarion.adapters.faust_consumer import FaustConsumer
-from clarion.adapters.kafka_topics import apply_topics
 from clarion.config import KafkaConfig
 
 DEADLINE_S = 60
@@ -28,12 +26,7 @@ DEADLINE_S = 60
 
 @pytest.fixture
 def config(kafka: Broker) -> KafkaConfig:
-    config = KafkaConfig(
-        bootstrap=(kafka.address,), prefix=f"f{uuid.uuid4().hex[:12]}", partitions=1, replication=1,
-        min_insync_replicas=1,
-    )  # fmt: skip
-    apply_topics(config)
-    return config
+    return topics_on(kafka.address, partitions=1)
 
 
 def produce(config: KafkaConfig, count: int, size: int = 10) -> None:

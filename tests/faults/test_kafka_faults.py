@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
-from support.kafka import Broker, start_broker
+from support.kafka import Broker, start_broker, topics_on
 from support.proxy import Proxy
 from support.world import pause
 
@@ -40,15 +39,6 @@ from orchestrator.requests import JobRequests
 
 BACKLOG, KEYS, DOWN_S = 100_000, 200, 60
 DEADLINE_S = 150.0
-
-
-def topics_on(address: str, partitions: int = 3) -> KafkaConfig:
-    config = KafkaConfig(
-        bootstrap=(address,), prefix=f"f{uuid.uuid4().hex[:12]}", partitions=partitions, replication=1,
-        min_insync_replicas=1,
-    )  # fmt: skip
-    apply_topics(config)
-    return config
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator
 
 import jsonschema
 import pytest
-from support.kafka import Broker
+from support.kafka import Broker, topics_on
 from support.site import Site, fill_finished
 from support.world import pause
 
-from clarion.adapters.kafka_topics import apply_topics, read_lag
-from clarion.config import KafkaConfig
+from clarion.adapters.kafka_topics import read_lag
 from console.asyncapi import make_document
 from console.replay_plan import PlanRequest, make_plan
 from console.selection import Selection
@@ -27,11 +25,7 @@ FAST = Limits(per_minute=1_000_000, in_flight=500, stop_above_percent=100)
 @pytest.fixture(scope="module")
 def site(kafka: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A site whose history of finished work lies in the topics."""
-    config = KafkaConfig(
-        bootstrap=(kafka.address,), prefix=f"r{uuid.uuid4().hex[:12]}", partitions=3, replication=1,
-        min_insync_replicas=1,
-    )  # fmt: skip
-    apply_topics(config)
+    config = topics_on(kafka.address)
     site = Site(tmp_path_factory.mktemp("site"), kafka=config)
     fill_finished(site, FINISHED)
     assert site.relay is not None

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from kafka.errors import KafkaError
 from support import containers
 from support.dcmtk import need
 from support.world import free_port, pause
+
+from clarion.adapters.kafka_topics import apply_topics
+from clarion.config import KafkaConfig
 
 VERSION = "4.1.1"
 IMAGE = f"apache/kafka:{VERSION}"
@@ -175,6 +179,16 @@ def start_broker(folder: Path, through: Callable[[int], int] | None = None) -> B
     broker = Broker(f"127.0.0.1:{told}", folder)
     broker.start()
     return broker
+
+
+def topics_on(address: str, partitions: int = 3) -> KafkaConfig:
+    """Make topics that nobody else has."""
+    config = KafkaConfig(
+        bootstrap=(address,), prefix=f"t{uuid.uuid4().hex[:12]}", partitions=partitions, replication=1,
+        min_insync_replicas=1,
+    )  # fmt: skip
+    apply_topics(config)
+    return config
 
 
 def _start_container() -> Broker:
