@@ -49,6 +49,9 @@ class ScpConfig(Model):
     host: str = "127.0.0.1"
     port: Port = 11112
     max_associations: Annotated[int, Field(ge=1, le=1000)] = 25
+    max_associations_per_address: Annotated[int, Field(ge=1, le=1000)] | None = None
+    workers: Annotated[int, Field(ge=1, le=16)] | None = None
+    idle_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
     max_pdu: Annotated[int, Field(ge=4096, le=131072)] = 131072
     max_instance_gb: Annotated[float, Field(gt=0, le=4)] = 2.0
     accept_private_sop_classes: bool = True

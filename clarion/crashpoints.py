@@ -23,6 +23,7 @@ EFFECTS = (
     "journal.write",
     "journal.sync",
     "journal.rotate",
+    "journal.prepare",
     "scp.respond",
     "scp.associationended",
     "grouping.manifest",

@@ -80,23 +80,45 @@ def read_attributes(data: bytes, transfer_syntax_uid: str) -> dict[str, str]:
     Left out: sequences, bulk data, private elements and values above MAX_ATTRIBUTE_BYTES.
     """
     attributes: dict[str, str] = {}
-    encodings = ["iso8859"]
     try:
         plain = plain_encoding(data, transfer_syntax_uid)
-        for element in Walker(plain, transfer_syntax_uid).elements():
-            if element.tag >> 16 >= _PIXEL_GROUP:
-                break
-            if element.tag >> 16 & 1 or element.undefined or element.end - element.start > MAX_ATTRIBUTE_BYTES:
-                continue
-            raw = plain[element.start : element.end]
-            if element.tag == _CHARACTER_SET:
-                encodings = encodings_of(raw)
-            text = _decode(raw, _vr_of(element), encodings, big_endian=transfer_syntax_uid == EXPLICIT_BE)
-            if text is not None:
-                attributes[f"{element.tag:08X}"] = text
+        _read_attributes(plain, len(plain), transfer_syntax_uid, attributes)
     except InvalidInstanceError:
         return attributes
     return attributes
+
+
+def read_head(head: bytes, size: int, transfer_syntax_uid: str) -> dict[str, str] | None:
+    """Read what `read_attributes` reads of a data set of `size` bytes from its beginning; None where that ends before.
+
+    Of a deflated data set nothing can be said by its head.
+    """
+    if transfer_syntax_uid == DEFLATED_LE or len(head) >= size:
+        return read_attributes(head, transfer_syntax_uid) if len(head) >= size else None
+    attributes: dict[str, str] = {}
+    try:
+        _read_attributes(head, size, transfer_syntax_uid, attributes)
+    except (struct.error, InvalidInstanceError):
+        return None
+    return attributes
+
+
+def _read_attributes(data: bytes, size: int, transfer_syntax_uid: str, attributes: dict[str, str]) -> None:
+    """Read the attributes of a data set of which `data` is the beginning; raises struct.error where that ends."""
+    encodings = ["iso8859"]
+    for element in Walker(data, transfer_syntax_uid, size=size).elements():
+        if element.tag >> 16 >= _PIXEL_GROUP:
+            break
+        if element.tag >> 16 & 1 or element.undefined or element.end - element.start > MAX_ATTRIBUTE_BYTES:
+            continue
+        if element.end > len(data):
+            raise struct.error
+        raw = data[element.start : element.end]
+        if element.tag == _CHARACTER_SET:
+            encodings = encodings_of(raw)
+        text = _decode(raw, _vr_of(element), encodings, big_endian=transfer_syntax_uid == EXPLICIT_BE)
+        if text is not None:
+            attributes[f"{element.tag:08X}"] = text
 
 
 def decode_text(raw: bytes, encodings: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from clarion.errors import InvalidInstanceError
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Iterator
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
@@ -29,12 +30,12 @@ MAX_INFLATE_RATIO = 100
 INFLATE_FREE_BYTES = 64 * 2**20
 MAX_INFLATED_BYTES = 4 * 2**30
 
-_UNDEFINED = 0xFFFFFFFF
+UNDEFINED_LENGTH = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _PIXEL_DATA = 0x7FE00010
 # PS3.5 7.1.2: these have two reserved bytes and a 32-bit length.
-_LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-_SHORT = frozenset(
+LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
+SHORT_VRS = frozenset(
     (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS")
     + (b"ST", b"TM", b"UI", b"UL", b"US")
 )
@@ -68,11 +69,21 @@ def inflate(data: bytes) -> bytes:
 
 
 class Walker:
-    """Walks one data set; `data` is the plain, inflated encoding. All its walks together see `max_elements`."""
+    """Walks one data set; `data` is the plain, inflated encoding. All its walks together see `max_elements`.
 
-    def __init__(self, data: bytes, transfer_syntax_uid: str, max_elements: int = MAX_ELEMENTS) -> None:
+    With `size`, `data` is only the beginning of so many bytes: a walk that goes beyond it raises struct.error.
+    """
+
+    def __init__(
+        self,
+        data: bytes | bytearray | mmap.mmap,
+        transfer_syntax_uid: str,
+        max_elements: int = MAX_ELEMENTS,
+        size: int | None = None,
+    ) -> None:
         self._max = max_elements
         self._data = data
+        self._size = len(data) if size is None else size
         self._explicit = transfer_syntax_uid != IMPLICIT_LE
         order = ">" if transfer_syntax_uid == EXPLICIT_BE else "<"
         self._tag = struct.Struct(order + "HH")
@@ -82,11 +93,20 @@ class Walker:
 
     def elements(self) -> Iterator[Element]:
         """Give the top-level elements in the order of the bytes; raise InvalidInstanceError where they do not nest."""
-        position, size = 0, len(self._data)
+        position, size = 0, self._size
         while position < size:
             element = self._element(position, size, 0)
             yield element
             position = element.next
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more elements were met than are allowed."""
+        return self._count > self._max
+
+    def end_of_undefined(self, start: int, tag: int, vr: str) -> int:
+        """Find where a top-level value of undefined length ends that begins at `start`; its delimiter follows."""
+        return self._end_of_undefined(start, self._size, 0, tag, vr)
 
     def items(self, element: Element) -> Iterator[list[Element]]:
         """Give the elements of each item of a sequence."""
@@ -96,9 +116,9 @@ class Walker:
             if tag != _ITEM:
                 return
             found: list[Element] = []
-            position, limit = body, element.end if length == _UNDEFINED else body + length
+            position, limit = body, element.end if length == UNDEFINED_LENGTH else body + length
             while position < limit:
-                if length == _UNDEFINED and self._peek(position, limit) == _ITEM_END:
+                if length == UNDEFINED_LENGTH and self._peek(position, limit) == _ITEM_END:
                     position += 8
                     break
                 found.append(self._element(position, limit, 1))
@@ -107,7 +127,7 @@ class Walker:
 
     def text(self, element: Element) -> str:
         """Give an element's value as Latin-1 text without padding: enough for UIDs, codes and numbers."""
-        return self._data[element.start : element.end].decode("latin-1").strip(" \0")
+        return bytes(self._data[element.start : element.end]).decode("latin-1").strip(" \0")
 
     def _peek(self, position: int, limit: int) -> int:
         if position + 8 > limit:
@@ -118,7 +138,7 @@ class Walker:
     def _item_head(self, position: int, limit: int) -> tuple[int, int, int]:
         tag = self._peek(position, limit)
         length = self._u32.unpack_from(self._data, position + 4)[0]
-        if length != _UNDEFINED and position + 8 + length > limit:
+        if length != UNDEFINED_LENGTH and position + 8 + length > limit:
             raise InvalidInstanceError("truncated", f"an item claims {length} bytes, {limit - position - 8} are left")
         return tag, length, position + 8
 
@@ -127,39 +147,45 @@ class Walker:
         tag = self._peek(position, limit)
         if not self._explicit:
             return tag, "", self._u32.unpack_from(self._data, position + 4)[0], position + 8
-        vr = self._data[position + 4 : position + 6]
-        if vr in _LONG:
+        vr = bytes(self._data[position + 4 : position + 6])
+        if vr in LONG_VRS:
             if position + 12 > limit:
                 raise InvalidInstanceError("truncated", f"the header of {tag:08X} is cut")
             return tag, vr.decode(), self._u32.unpack_from(self._data, position + 8)[0], position + 12
-        if vr in _SHORT:
+        if vr in SHORT_VRS:
             return tag, vr.decode(), self._u16.unpack_from(self._data, position + 6)[0], position + 8
         raise InvalidInstanceError("malformed", f"element {tag:08X} has no value representation of PS3.5 6.2")
 
     def _element(self, position: int, limit: int, depth: int) -> Element:
-        self._count += 1
-        if self._count > self._max or depth > MAX_DEPTH:
-            raise InvalidInstanceError("malformed", f"more than {self._max} elements or {MAX_DEPTH} levels")
+        self._count_one(depth)
         tag, vr, length, start = self._head(position, limit)
         if tag >> 16 == 0xFFFE:  # noqa: PLR2004  the group of items and delimiters, PS3.5 7.5
             raise InvalidInstanceError("malformed", f"delimiter {tag:08X} outside a sequence")
-        if length != _UNDEFINED:
+        if length != UNDEFINED_LENGTH:
             end = start + length
             if end > limit:
                 raise InvalidInstanceError("truncated", f"{tag:08X} claims {length} bytes, {limit - start} are left")
             return Element(tag, vr, start, end, end, undefined=False)
-        if tag == _PIXEL_DATA or vr in {"OB", "OW"}:
-            end = self._end_of_fragments(start, limit)
-        else:
-            end = self._end_of_sequence(start, limit, depth, plain=vr == "UN")
+        end = self._end_of_undefined(start, limit, depth, tag, vr)
         return Element(tag, vr or "SQ", start, end, end + 8, undefined=True)
+
+    def _count_one(self, depth: int) -> None:
+        self._count += 1
+        if self.exhausted or depth > MAX_DEPTH:
+            raise InvalidInstanceError("malformed", f"more than {self._max} elements or {MAX_DEPTH} levels")
+
+    def _end_of_undefined(self, start: int, limit: int, depth: int, tag: int, vr: str) -> int:
+        if tag == _PIXEL_DATA or vr in {"OB", "OW"}:
+            return self._end_of_fragments(start, limit)
+        return self._end_of_sequence(start, limit, depth, plain=vr == "UN")
 
     def _end_of_fragments(self, position: int, limit: int) -> int:
         while True:
+            self._count_one(0)
             tag, length, body = self._item_head(position, limit)
             if tag == _SEQUENCE_END:
                 return position
-            if tag != _ITEM or length == _UNDEFINED:
+            if tag != _ITEM or length == UNDEFINED_LENGTH:
                 raise InvalidInstanceError("malformed", f"{tag:08X} among the fragments of pixel data")
             position = body + length
 
@@ -168,12 +194,13 @@ class Walker:
         explicit, self._explicit = self._explicit, self._explicit and not plain
         try:
             while True:
+                self._count_one(depth)
                 tag, length, body = self._item_head(position, limit)
                 if tag == _SEQUENCE_END:
                     return position
                 if tag != _ITEM:
                     raise InvalidInstanceError("malformed", f"{tag:08X} where an item should begin")
-                position = self._end_of_item(body, limit, depth + 1) if length == _UNDEFINED else body + length
+                position = self._end_of_item(body, limit, depth + 1) if length == UNDEFINED_LENGTH else body + length
         finally:
             self._explicit = explicit
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from clarion.adapters.clock import SystemClock
 from clarion.adapters.database import Database
-from clarion.adapters.files import FileStore, make_folder
+from clarion.adapters.files import make_folder
+from clarion.adapters.objects import FileStore
 from clarion.errors import ResourceBusyError
 from clarion.service import open_wakeup
 
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
     from console.checks import Checked
     from gateway.delivery import DeliveryStage
     from gateway.grouping import Grouping
-    from gateway.scp import Scp
     from orchestrator.engine import Engine
     from streams.match import ResolvedPipeline
     from streams.replay import EventHistory
     from streams.stage import StreamsStage
 
-_DRAIN_S = 15.0
 _LOOK_AT_LOCK_S = 0.1
 
 
@@ -98,12 +97,15 @@ class App:
 
         return Relay(self.database, kafka_of(self.checked.config))
 
-    def intake(self) -> IntakeStage:
+    def intake(self) -> Stage:
         """Receiving: depends on the local disk alone."""
-        return IntakeStage(self)
+        from console.intake import IntakeStage  # noqa: PLC0415  each process imports only what it runs
+
+        return IntakeStage(self.checked.config.gateway, self.data, self.clock)
 
     def grouping(self) -> Grouping:
         """The grouping owner."""
+        from gateway.doorbell import Doorbell  # noqa: PLC0415  as above
         from gateway.grouping import Grouping  # noqa: PLC0415  as above
         from gateway.registry import load_registry  # noqa: PLC0415  as above
 
@@ -114,6 +116,7 @@ class App:
             store=self.store,
             clock=self.clock,
             registry=load_registry(self.checked.config.gateway),
+            doorbell=Doorbell(self.data / "journal", self.data / "wake"),
         )
 
     def streams(self) -> StreamsStage:
@@ -212,51 +215,6 @@ class App:
             "console": self.console,
         }
         return makers[name]()
-
-
-class IntakeStage:
-    """The receiving process: its work is done by association threads, a step only looks at the disk."""
-
-    def __init__(self, app: App) -> None:
-        from gateway.access import AccessList  # noqa: PLC0415  each process imports only what it runs
-        from gateway.intake import Intake  # noqa: PLC0415  as above
-        from gateway.journal import JournalWriter  # noqa: PLC0415  as above
-        from gateway.scp import Scp  # noqa: PLC0415  as above
-        from gateway.space import Space  # noqa: PLC0415  as above
-
-        config = app.checked.config.gateway
-        app.store.clear_incoming()
-        self._space = Space(app.data, config.intake)
-        self._journal = JournalWriter(app.data / "journal", app.clock)
-        self.port = config.scp.port
-        intake = Intake(
-            store=app.store,
-            journal=self._journal,
-            space=self._space,
-            ignored_classes={one.ae_title: frozenset(one.ignored_sop_classes) for one in config.ae_titles},
-            wake=app.wakeup.ring,
-        )
-        self.scp: Scp = Scp(config.scp, access=AccessList(config), intake=intake, space=self._space)
-
-    def step(self) -> bool:
-        """Only clean up: associations have threads of their own."""
-        self.scp.sweep()
-        return False
-
-    def facts(self) -> dict[str, object]:
-        """Say the port, the associations, and whether there is room."""
-        return {
-            "port": self.port,
-            "associations": self.scp.associations,
-            "refusals": dict(self.scp.refusals),
-            "last_refusal": self.scp.last_refusal,
-            "space": "ok" if self._space.available() else "low",
-        }
-
-    def drain(self) -> None:
-        """Accept no more, let associations end, close the journal."""
-        self.scp.drain(_DRAIN_S)
-        self._journal.close()
 
 
 def build_app(checked: Checked, name: str) -> App:

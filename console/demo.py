@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from clarion.adapters.database import Database, private_schema
-from clarion.adapters.files import FileStore
+from clarion.adapters.objects import FileStore
 from clarion.errors import PeerUnavailableError, PermanentError
 from clarion.model import Destination
 from clarion.testing.pacs import read_contents

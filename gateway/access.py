@@ -29,10 +29,14 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """What a peer may do on its association: send instances, report storage commitment."""
+    """What a peer may do on its association: send instances, report storage commitment.
+
+    `known`: it is in a list, and not let in because everybody is.
+    """
 
     may_store: bool
     may_report: bool
+    known: bool = True
 
 
 CALLING_UNKNOWN = Rejection(check="calling-ae", result=1, source=1, reason=3)
@@ -44,6 +48,10 @@ CALLING_ELSEWHERE = Rejection(check="calling-address", result=1, source=1, reaso
 UNRESOLVED = Rejection(check="calling-host-unresolved", result=2, source=3, reason=1)
 NOT_READY = Rejection(check="not-ready", result=2, source=3, reason=1)
 OUR_FAULT = Rejection(check="internal-error", result=2, source=3, reason=1)
+
+REJECTIONS = (
+    CALLING_UNKNOWN, CALLED_UNKNOWN, TOO_MANY, NO_SPACE, CALLING_ELSEWHERE, UNRESOLVED, NOT_READY, OUR_FAULT,
+)  # fmt: skip
 
 
 def _plain(address: str) -> _Address:
@@ -87,6 +95,11 @@ class AccessList:
         self._called = {one.ae_title for one in config.ae_titles}
         self._own = config.scu.ae_title
         self._open = not config.scp.reject_unknown_sources
+        self._named = {title for title, host in (*self._sources, *self._peers) if not _is_numeric(host)}
+
+    def may_wait(self, calling: str) -> bool:
+        """Tell whether `check` asks for the addresses of a host name, and may wait for them."""
+        return calling in self._named
 
     def check(self, calling: str, called: str, address: str) -> Admission | Rejection:
         """Check an association request, once: names may resolve otherwise a moment later.
@@ -94,7 +107,8 @@ class AccessList:
         A source may send to a configured called AE title, a destination may report to us under the name we send by;
         a peer may be both.
         """
-        source = True if self._open else _listed(self._sources, calling, address)
+        listed = _listed(self._sources, calling, address)
+        source = self._open or listed
         destination = _listed(self._peers, calling, address)
         if source is None or (not source and destination is None):
             return UNRESOLVED
@@ -104,7 +118,21 @@ class AccessList:
         if called not in self._called and not (destination and called == self._own):
             return CALLED_UNKNOWN
         # A destination's name that cannot be resolved now costs it its reports, never a source its instances.
-        return Admission(may_store=source and called in self._called, may_report=bool(destination))
+        return Admission(
+            may_store=bool(source) and called in self._called,
+            may_report=bool(destination),
+            known=bool(listed) or bool(destination),
+        )
+
+
+def _is_numeric(hosts: str) -> bool:
+    """Tell whether a list has addresses and networks only, no host name."""
+    try:
+        for host in hosts.split(","):
+            ipaddress.ip_network(host.strip(), strict=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _listed(entries: Iterable[tuple[str, str]], ae_title: str, address: str) -> bool | None:

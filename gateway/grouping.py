@@ -8,6 +8,8 @@ or group alone. Objects are read before the transaction begins: nobody waits for
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from clarion import events
 from clarion.adapters.database import may_pass, replace
 from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
-from clarion.dicom import read_attributes
+from clarion.dicom import read_attributes, read_head, read_header
 from clarion.errors import MissingObjectError, StoreUnavailableError, describe
 from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from clarion.adapters.database import Database
     from clarion.ports import Clock, ObjectStore
+    from gateway.doorbell import Doorbell
     from gateway.registry import CalledEntity
 
 log = structlog.get_logger()
@@ -76,8 +79,10 @@ class Grouping:
         store: ObjectStore,
         clock: Clock,
         registry: dict[str, CalledEntity],
+        doorbell: Doorbell | None = None,
     ) -> None:
         self._folder = journal_folder
+        self._doorbell = doorbell
         self._database = database
         self._store = store
         self._clock = clock
@@ -92,23 +97,28 @@ class Grouping:
     def step(self) -> bool:
         """Take a batch of records, or close one group that is due; tell whether there may be more."""
         now = self._clock.now()
-        entries = list(journal.read(self._folder, self._position(), _BATCH))
-        oldest = next((one.time for one in entries if one.kind != journal.TAIL), None)
+        entries = self._read()
+        if not entries and self._doorbell is not None:
+            # Looked at once more, after saying that we sleep: nobody writes in between without ringing.
+            self._doorbell.sleeps()
+            entries = self._read()
+        oldest = next((one.time for one in entries if one.kind != journal.DAMAGED), None)
         self._backlog = _Backlog(len(entries), oldest, len(entries) == _BATCH)
         if not entries:
             return self._judge_waiting(now)
         prepared = self._prepare(entries)
         until, taken = self._clock.monotonic() + _BATCH_S, 0
+        moved: dict[str, journal.Position] = {}
         with effect("grouping.commit"), self._database.transaction() as connection:
             for one in prepared:
-                while self._judge(connection, one.entry.time):
-                    if self._clock.monotonic() > until:
-                        return True
+                if not self._judge_all(connection, one.entry.time, until):
+                    break
                 self._take_or_set_aside(connection, one)
-                self._keep_position(connection, one.entry.after)
+                moved[one.entry.log] = one.entry.after
                 taken += 1
                 if self._clock.monotonic() > until:
                     break
+            self._keep_positions(connection, moved)
         self._taken += taken
         self._backlog.records -= taken
         return True
@@ -126,15 +136,25 @@ class Grouping:
     def drain(self) -> None:
         """Nothing is in hand between steps."""
 
-    def _position(self) -> journal.Position:
+    def _read(self) -> list[journal.Entry]:
+        """Give the next records of all logs, by the time they were journalled, as far as each log has been read."""
+        positions = self._positions()
+        read = [
+            journal.read(self._folder / log, positions.get(log, journal.START), _BATCH)
+            for log in journal.logs(self._folder)
+        ]
+        return list(itertools.islice(heapq.merge(*read, key=lambda one: one.time), _BATCH))
+
+    def _positions(self) -> dict[str, journal.Position]:
         table = tables.journal_positions
         with self._database.reading() as connection:
-            row = connection.execute(sa.select(table).where(table.c.reader == READER)).one_or_none()
-        return journal.START if row is None else journal.Position(row.segment, row.offset)
+            rows = connection.execute(sa.select(table).where(table.c.reader == READER)).all()
+        return {row.log: journal.Position(row.segment, row.offset) for row in rows}
 
-    def _keep_position(self, connection: sa.Connection, position: journal.Position) -> None:
-        row = {"reader": READER, "segment": position.segment, "offset": position.offset}
-        replace(connection, tables.journal_positions, row)
+    def _keep_positions(self, connection: sa.Connection, moved: dict[str, journal.Position]) -> None:
+        for log_name, position in moved.items():
+            row = {"reader": READER, "log": log_name, "segment": position.segment, "offset": position.offset}
+            replace(connection, tables.journal_positions, row)
 
     # Records ---------------------------------------------------------------------------------------------------
 
@@ -169,7 +189,13 @@ class Grouping:
             ref = ObjectRef(**entry.fields["object"])
             if (entry.fields["sop_instance_uid"], ref.digest) in known:
                 return _Prepared(entry)
-            return _Prepared(entry, read_attributes(self._store.read(ref), entry.fields["transfer_syntax_uid"]))
+            syntax = entry.fields["transfer_syntax_uid"]
+            if entry.fields.get("unchecked"):
+                return self._check(entry, self._store.read(ref), syntax)
+            attributes = read_head(entry.head, ref.size_bytes, syntax) if entry.head else None
+            if attributes is None:
+                attributes = read_attributes(self._store.read(ref), syntax)
+            return _Prepared(entry, attributes)
         except StoreUnavailableError as error:
             if self._wait_for_store(entry):
                 raise
@@ -178,6 +204,14 @@ class Grouping:
             return self._failed(entry, "object-missing", error)
         except Exception as error:  # noqa: BLE001  anything unforeseen: the next record must not wait for this one
             return self._failed(entry, GROUPING_FAILED, error)
+
+    def _check(self, entry: journal.Entry, data: bytes, syntax: str) -> _Prepared:
+        """Read to the end what intake had no time for; what is not whole is set aside."""
+        fault = read_header(data, syntax).fault
+        if fault is not None:
+            log.warning("record.setaside", kind=entry.kind, reason=fault.reason)
+            return _Prepared(entry, fault=fault.reason)
+        return _Prepared(entry, read_attributes(data, syntax))
 
     def _wait_for_store(self, entry: journal.Entry) -> bool:
         """Tell whether an object that cannot be read now is worth waiting for; a bad sector is not, for ever."""
@@ -226,6 +260,13 @@ class Grouping:
                 return False
         with effect("grouping.close"), self._database.transaction() as connection:
             return self._judge(connection, now)
+
+    def _judge_all(self, connection: sa.Connection, now: datetime, until: float) -> bool:
+        """Ask the rules about every group that is due; tell whether the time was enough for all."""
+        while self._judge(connection, now):
+            if self._clock.monotonic() > until:
+                return False
+        return True
 
     def _judge(self, connection: sa.Connection, now: datetime) -> bool:
         """Ask the rule about one group that is due; tell whether there was one."""

@@ -1,8 +1,8 @@
-"""What becomes of one data set that arrived: kept and journalled, set aside with a reason, or refused.
+"""What becomes of one data set that arrives: kept and journalled, set aside with a reason, or refused.
 
-This is the seam between the wire and everything else: whatever carries the bytes calls `receive` and answers with
-the status it gives. It depends on the local disk alone. A success is given only after the data set and its journal
-record are synced. Called by any number of association threads at once.
+This is the seam between the wire and everything else: whatever carries the bytes begins a `Reception`, writes the
+pieces as they come, and answers with the status that `finish` gives. It depends on the local disk alone. A success is
+given only after the data set and its journal record are synced. Any number of association threads at once.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from clarion.dicom import read_header
+from clarion import digests
 from clarion.errors import InvalidInstanceError, StoreUnavailableError
 from clarion.model import UNKNOWN_STUDY, is_uid
+from clarion.scanning import scan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from clarion.dicom import Header
-    from clarion.model import ObjectRef
-    from clarion.ports import ObjectStore
-    from gateway.journal import JournalWriter
+    from typing_extensions import Buffer
+
+    from clarion.adapters.objects import FileStore, IncomingFile
+    from clarion.scanning import Scan
+    from gateway.journal_writer import JournalWriter
     from gateway.space import Space
 
 log = structlog.get_logger()
@@ -35,12 +37,17 @@ OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH_SOP_CLASS = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
+# Up to this a data set lies in the journal's segment, with its record, and one sync makes both durable; what is larger
+# has a file of its own, so that memory does not grow with it. A CT slice is half as large; a segment holds 64.
+COLLECTED_BYTES = 2**20
+# How often a large data set that is being written asks for room.
+_LOOK_FOR_ROOM_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A data set as the wire gave it: what the C-STORE-RQ said of it, who sent it, and its bytes."""
+    """What a request says of the data set that follows, and who sends it."""
 
-    data: bytes
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
@@ -59,37 +66,25 @@ class Answer:
 
 
 class Intake:
-    """Receives data sets into the object store and the journal."""
+    """Receives data sets into the journal and, the large ones, into the object store."""
 
     def __init__(
         self,
         *,
-        store: ObjectStore,
+        store: FileStore,
         journal: JournalWriter,
         space: Space,
         ignored_classes: Mapping[str, frozenset[str]],
-        wake: Callable[[], None],
     ) -> None:
-        self._store = store
-        self._journal = journal
-        self._space = space
+        self.store = store
+        self.journal = journal
+        self.space = space
         self._ignored = ignored_classes
-        self._wake = wake
 
-    def receive(self, arrival: Arrival) -> Answer:
-        """Take one data set; the answer says what to tell the sender."""
-        try:
-            with self._space.holding(len(arrival.data)) as room:
-                answer = self._receive(arrival) if room else self._no_room(arrival)
-        except StoreUnavailableError as error:
-            log.error("instance.refused", reason=str(error), association=arrival.association)  # noqa: TRY400  no trace
-            answer = Answer(status=OUT_OF_RESOURCES, comment="storage unavailable")
-        except Exception:  # the boundary to the wire: the sender is told a failure and may send again
-            log_id = uuid.uuid4().hex[:12]
-            log.exception("instance.failed", log_id=log_id, association=arrival.association)
-            answer = Answer(status=PROCESSING_FAILURE, comment=f"internal error, log id {log_id}")
-        self._wake()
-        return answer
+    def begin(self, arrival: Arrival) -> Reception:
+        """Begin to receive a data set."""
+        ignored = arrival.sop_class_uid in self._ignored.get(arrival.called_ae, frozenset())
+        return Reception(self, arrival, ignored=ignored)
 
     def association_ended(
         self, association: str, reason: str, *, calling_ae: str, called_ae: str, studies: Mapping[str, tuple[int, int]]
@@ -106,74 +101,150 @@ class Intake:
                 "refused": refused,
             }
             try:
-                self._journal.append("ended", fields)
+                self.journal.append("ended", fields)
             except StoreUnavailableError as error:
                 log.warning("association.endnotjournalled", association=association, reason=str(error))
-        self._wake()
 
     def commitment_reported(self, peer: str, transaction_uid: str, stored: list[str], failed: list[str]) -> None:
         """Journal a storage commitment result (PS3.4 J.3.3). Raises StoreUnavailableError."""
         fields = {"peer": peer, "transaction_uid": transaction_uid, "stored": stored, "failed": failed}
-        self._journal.append("commitment", fields)
-        self._wake()
+        self.journal.append("commitment", fields)
 
-    def _receive(self, arrival: Arrival) -> Answer:
-        header = read_header(arrival.data, arrival.transfer_syntax_uid)
-        study_uid = header.study_uid if is_uid(header.study_uid) else UNKNOWN_STUDY
-        if arrival.sop_class_uid in self._ignored.get(arrival.called_ae, frozenset()):
-            fields = {"study_uid": study_uid, "reason": "sop-class-ignored"}
-            self._journal.append("ignored", {**_described(arrival), **fields})
+
+class Reception:
+    """One data set being received. End it with `finish` or `abandon`; the latter may always follow."""
+
+    def __init__(self, intake: Intake, arrival: Arrival, *, ignored: bool) -> None:
+        self._intake = intake
+        self._arrival = arrival
+        self._ignored = ignored
+        self._digest = digests.start()
+        self._collected = bytearray()
+        self._file: IncomingFile | None = None
+        self._looked = 0
+        # Once it is known that the data set cannot be kept, the rest of it is read and dropped.
+        self._refused: Answer | None = None
+        self.size = 0
+
+    def write(self, piece: Buffer) -> None:
+        """Take the next piece; it may be overwritten afterwards. Never raises: `finish` says what went wrong."""
+        self.size += len(piece)  # type: ignore[arg-type]  # bytes or a view of bytes
+        if self._refused is not None:
+            return
+        try:
+            self._digest.update(piece)
+            if self._file is not None:
+                self._write_file(self._file, piece)
+                return
+            if self._ignored and len(self._collected) > COLLECTED_BYTES:
+                return
+            self._collected += piece
+            if len(self._collected) > COLLECTED_BYTES and not self._ignored:
+                self._spill()
+        except StoreUnavailableError as error:
+            self._refuse(str(error))
+        except Exception as error:  # noqa: BLE001  the boundary to the wire: the sender is told, and may send again
+            self._fail(error)
+
+    def finish(self) -> Answer:
+        """Make the data set durable, or set it aside; give what to tell the sender."""
+        try:
+            if self._refused is None:
+                return self._finish()
+        except StoreUnavailableError as error:
+            self._refuse(str(error))
+        except Exception as error:  # noqa: BLE001  as above
+            self._fail(error)
+        finally:
+            self.abandon()
+        return self._refused or Answer(status=PROCESSING_FAILURE)
+
+    def abandon(self) -> None:
+        """Let go of what was not kept."""
+        self._collected = bytearray()
+        if self._file is not None:
+            self._file.abandon()
+            self._file = None
+
+    def _spill(self) -> None:
+        """Go on in a file: the data set is large."""
+        self._file = self._intake.store.receive()
+        self._write_file(self._file, self._collected)
+        self._collected = bytearray()
+
+    def _write_file(self, file: IncomingFile, piece: Buffer) -> None:
+        file.write(piece)
+        if file.size - self._looked > _LOOK_FOR_ROOM_BYTES:
+            self._looked = file.size
+            if not self._intake.space.available():
+                self._refuse("disk space low")
+
+    def _finish(self) -> Answer:
+        if self._file is None:
+            with self._intake.space.holding(len(self._collected)) as room:
+                if room:
+                    return self._judge(scan(self._collected, self._arrival.transfer_syntax_uid))
+        elif self._intake.space.available():
+            with self._file.view() as view:
+                seen = scan(view, self._arrival.transfer_syntax_uid)
+            return self._judge(seen)
+        self._refuse("disk space low")
+        return self._refused or Answer(status=OUT_OF_RESOURCES)
+
+    def _judge(self, seen: Scan) -> Answer:
+        study_uid = seen.study_uid if is_uid(seen.study_uid) else UNKNOWN_STUDY
+        described = {**asdict(self._arrival), "study_uid": study_uid}
+        if self._ignored:
+            self._intake.journal.append("ignored", {**described, "reason": "sop-class-ignored"})
             return Answer(status=SUCCESS, study_uid=study_uid)
-        refusal = _refusal(arrival, header)
+        refusal = _refusal(self._arrival, seen, self.size)
         if refusal is not None:
             status, reason = refusal
-            self._quarantine(arrival, study_uid, reason)
+            log.warning("instance.quarantined", reason=reason.reason, association=self._arrival.association)
+            self._keep("quarantined", {**described, "reason": reason.reason})
             return Answer(status=status, comment=reason.reason, study_uid=study_uid)
-        ref = self._store.put(arrival.data)
-        self._journal.append(
-            "stored",
-            {**_described(arrival), "study_uid": study_uid, "series_uid": header.series_uid, "object": asdict(ref)},
-        )
+        described["series_uid"] = seen.series_uid
+        self._keep("stored", described if seen.checked else {**described, "unchecked": True})
         return Answer(status=SUCCESS, study_uid=study_uid)
 
-    def _no_room(self, arrival: Arrival) -> Answer:
-        log.warning("instance.refused", reason="disk space low", association=arrival.association)
-        return Answer(status=OUT_OF_RESOURCES, comment="disk space low")
+    def _keep(self, kind: str, fields: dict[str, object]) -> None:
+        """Make the data set and its record durable: in one, or the file before the record."""
+        digest = digests.finish(self._digest)
+        if self._file is not None:
+            ref = self._file.keep(digest)
+            self._intake.journal.append(kind, {**fields, "object": asdict(ref)})
+        elif self._collected:
+            self._intake.journal.append(kind, {**fields, "object": {"digest": digest}}, self._collected)
+        else:
+            self._intake.journal.append(kind, {**fields, "object": None})
 
-    def _quarantine(self, arrival: Arrival, study_uid: str, reason: InvalidInstanceError) -> None:
-        ref: ObjectRef | None = None
-        if arrival.data:
-            ref = self._store.put(arrival.data)
-        log.warning("instance.quarantined", reason=reason.reason, association=arrival.association)
-        fields = {"study_uid": study_uid, "reason": reason.reason, "object": asdict(ref) if ref else None}
-        self._journal.append("quarantined", {**_described(arrival), **fields})
+    def _refuse(self, reason: str) -> None:
+        log.error("instance.refused", reason=reason, association=self._arrival.association)
+        comment = "disk space low" if reason == "disk space low" else "storage unavailable"
+        self._refused = Answer(status=OUT_OF_RESOURCES, comment=comment)
+        self.abandon()
+
+    def _fail(self, error: Exception) -> None:
+        log_id = uuid.uuid4().hex[:12]
+        log.error("instance.failed", log_id=log_id, association=self._arrival.association, exc_info=error)
+        self._refused = Answer(status=PROCESSING_FAILURE, comment=f"internal error, log id {log_id}")
+        self.abandon()
 
 
-def _described(arrival: Arrival) -> dict[str, str]:
-    return {
-        "sop_class_uid": arrival.sop_class_uid,
-        "sop_instance_uid": arrival.sop_instance_uid,
-        "transfer_syntax_uid": arrival.transfer_syntax_uid,
-        "calling_ae": arrival.calling_ae,
-        "called_ae": arrival.called_ae,
-        "association": arrival.association,
-    }
-
-
-def _refusal(arrival: Arrival, header: Header) -> tuple[int, InvalidInstanceError] | None:
+def _refusal(arrival: Arrival, seen: Scan, size: int) -> tuple[int, InvalidInstanceError] | None:
     """Find what is wrong with a data set: the status and the reason, or None."""
-    if not arrival.data:
+    if size == 0:
         return CANNOT_UNDERSTAND, InvalidInstanceError("empty-data-set")
-    if header.fault is not None:
-        return CANNOT_UNDERSTAND, header.fault
+    if seen.fault is not None:
+        return CANNOT_UNDERSTAND, seen.fault
     for name in ("study_uid", "series_uid", "sop_instance_uid"):
-        value = getattr(header, name)
+        value = getattr(seen, name)
         if not value:
             return CANNOT_UNDERSTAND, InvalidInstanceError(f"missing-{name.replace('_', '-')}")
         if not is_uid(value):
             return CANNOT_UNDERSTAND, InvalidInstanceError(f"invalid-{name.replace('_', '-')}")
-    if header.sop_class_uid != arrival.sop_class_uid:
+    if seen.sop_class_uid != arrival.sop_class_uid:
         return DOES_NOT_MATCH_SOP_CLASS, InvalidInstanceError("sop-class-mismatch")
-    if header.sop_instance_uid != arrival.sop_instance_uid:
+    if seen.sop_instance_uid != arrival.sop_instance_uid:
         return DOES_NOT_MATCH_SOP_CLASS, InvalidInstanceError("sop-instance-mismatch")
     return None

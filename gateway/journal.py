@@ -1,54 +1,54 @@
-"""The journal: what intake has acknowledged, in order, on the local disk. It is the queue to the grouping owner.
+"""The journal as it lies on the disk, and reading it: what intake has acknowledged, the queue to the grouping owner.
 
-Contract. One process writes, by any number of threads: `append` returns when the record is synced (threads share a
-sync). Any number of processes read. A record is length, CRC-32 and JSON. A write or sync that failed breaks its
-segment: the journal goes on in a new one, and whoever was not synced by then is told a failure. A writer always begins
-a new segment, so a position past a torn tail leads to the next segment and not into it.
+A log is a folder of segments, written by one process: records one behind the other, each with the number of its
+segment, so that what an older use left in a recycled file is never taken for a record. A record is a head, a body of
+JSON and, for an instance of up to a mebibyte, its data set: the record is then the object. The first record of a
+segment says where the segments before it end. Any number of processes read, up to the committed end and never beyond:
+what lies behind it was written, and perhaps is not synced.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import itertools
 import json
 import os
+import re
 import struct
-import threading
 import zlib
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
-from clarion.adapters.files import make_folder, sync_folder
-from clarion.crashpoints import effect
-from clarion.errors import ResourceBusyError, StoreUnavailableError
+from clarion.adapters.objects import segment_location, segment_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from clarion.ports import Clock
-
 log = structlog.get_logger()
 
-SEGMENT_BYTES = 32 * 2**20
-MAX_RECORD_BYTES = 2**20
-_READ_BYTES = 4 * MAX_RECORD_BYTES
-_HEAD = struct.Struct("<4sII")
-_MAGIC = b"CLJ1"
-# Of a tail no time is known; by this one no group is judged.
-_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+MAX_BODY_BYTES = 2**20
+# So much of a data set comes with its record: the header of nearly every one.
+HEAD_BYTES = 16 * 2**10
+_WINDOW = 64 * 2**10
+# Magic, CRC-32 of all that follows and the body, segment, sequence, microseconds since 1970, lengths of body and data.
+_HEAD = struct.Struct("<4sIQQQII")
+_CHECKED_FROM = 8
+_MAGIC = b"CLJ2"
+_END = struct.Struct("=Q")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NAME = re.compile(r"\d{8}\.seg")
+
+OPENED = "opened"
+"""The first record of a segment: where those before it end, and which of their records are torn."""
 DAMAGED = "damaged"
-TAIL = "tail"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
-    """A place in the journal."""
+    """A place in a log."""
 
     segment: int
     offset: int
@@ -59,226 +59,204 @@ START = Position(1, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One record: when it was journalled, its kind, its fields, and the position after it."""
+    """One record: when it was journalled, its kind, its fields, the log it is from and the position after it.
+
+    `begin` is the offset in its segment. `head` is the beginning of the data set that lies in the record, at most
+    HEAD_BYTES; empty if none does.
+    """
 
     time: datetime
     kind: str
     fields: dict[str, Any]
+    log: str
+    begin: int
     after: Position
+    head: bytes = b""
 
 
-def _segment_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.clj"
+def encode(place: Position, sequence: int, time: datetime, body: bytes, data_bytes: int) -> bytes:
+    """Make the head of a record."""
+    microseconds = (time - _EPOCH) // timedelta(microseconds=1)
+    rest = _HEAD.pack(_MAGIC, 0, place.segment, sequence, microseconds, len(body), data_bytes)[_CHECKED_FROM:]
+    return _MAGIC + zlib.crc32(body, zlib.crc32(rest)).to_bytes(4, "little") + rest
 
 
-def _segments(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in folder.glob("*.clj"))
+def logs(journal: Path) -> list[str]:
+    """Give the names of the logs of a journal."""
+    return sorted(path.name for path in journal.iterdir() if path.is_dir()) if journal.is_dir() else []
 
 
-class _Segment:
-    """The file being appended to. `write` is called under the writer's lock, `sync` by any thread.
-
-    A write or sync that fails breaks the segment at once, while the lock that let it happen is still held: nobody
-    appends behind torn bytes, and nobody syncs again what the kernel has already reported as lost.
-    """
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.number = number
-        self.size = 0
-        self.broken = False
-        self._written = self._synced = 0
-        self._syncing = threading.Lock()
-        with effect("journal.rotate"):
-            self._file = os.open(
-                _segment_path(folder, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600
-            )
-            try:
-                sync_folder(folder)
-            except OSError:
-                os.close(self._file)
-                raise
-
-    def write(self, record: bytes) -> int:
-        """Append a record; give the ticket to sync it by."""
-        try:
-            with effect("journal.write"):
-                rest = memoryview(record)
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
-        except OSError:
-            self.broken = True
-            raise
-        self.size += len(record)
-        self._written += 1
-        return self._written
-
-    def sync(self, ticket: int) -> None:
-        """Return when the record is durable; threads that wait together share one sync."""
-        with self._syncing:
-            if self._synced >= ticket:
-                return
-            if self.broken:
-                raise OSError(errno.EIO, "the segment was given up")
-            mark = self._written
-            try:
-                with effect("journal.sync"):
-                    os.fdatasync(self._file)
-            except OSError:
-                self.broken = True
-                raise
-            self._synced = mark
-
-    def retire(self) -> None:
-        """Sync what is whole and close; whoever waits for a record that could not be synced is told so."""
-        with contextlib.suppress(OSError):
-            self.sync(self._written)
-        with self._syncing:
-            self.broken = True
-            os.close(self._file)
+def segments(folder: Path) -> list[int]:
+    """Give the numbers of a log's segments."""
+    return sorted(int(path.stem) for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-class JournalWriter:
-    """The one writer of a journal; any number of its process's threads may append."""
-
-    def __init__(self, folder: Path, clock: Clock) -> None:
-        self._folder = make_folder(folder)
-        self._clock = clock
-        self._writing = threading.Lock()
-        self._lock_file = (folder / "writer.lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock_file.close()
-            raise ResourceBusyError(f"another process writes the journal in {folder}") from error
-        self._number = max(_segments(folder), default=0)
-        self._segment: _Segment | None = None
-        with self._writing:
-            self._usable(0)
-
-    def append(self, kind: str, fields: dict[str, Any]) -> datetime:
-        """Write a record; durable on return. Gives the record's time. Raises StoreUnavailableError."""
-        try:
-            with self._writing:
-                now = self._clock.now()
-                record = _encode(now, kind, fields)
-                segment = self._usable(len(record))
-                ticket = segment.write(record)
-            segment.sync(ticket)
-        except OSError as error:
-            raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
-        return now
-
-    def close(self) -> None:
-        """Sync and let go."""
-        with self._writing:
-            if self._segment is not None:
-                self._segment.retire()
-            self._lock_file.close()
-
-    def _usable(self, size: int) -> _Segment:
-        """Give the segment to append to: the present one, or a new one when it is broken or full."""
-        segment = self._segment
-        if segment is not None and not segment.broken and segment.size + size <= SEGMENT_BYTES:
-            return segment
-        if segment is not None:
-            if segment.broken:
-                log.error("journal.segmentabandoned", segment=segment.number)
-            self._segment = None
-            segment.retire()
-        # A number is used once, also when its file could not be made durable.
-        self._number += 1
-        self._segment = _Segment(self._folder, self._number)
-        return self._segment
+def committed_path(folder: Path) -> Path:
+    """Give the file in which a log's writer notes its committed end: one number, segment and offset."""
+    return folder / "committed"
 
 
-def _encode(now: datetime, kind: str, fields: dict[str, Any]) -> bytes:
-    body = json.dumps({"time": now.isoformat(), "kind": kind, **fields}, separators=(",", ":")).encode()
-    if len(body) > MAX_RECORD_BYTES:
-        raise StoreUnavailableError(f"a journal record of {len(body)} bytes is too large")
-    return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
+def pack_end(end: Position) -> int:
+    """Put a position into the one number of the committed end, which is written and read as a whole."""
+    return end.segment << 32 | end.offset
+
+
+def committed_end(folder: Path) -> Position:
+    """Read how far a log is committed: what lies before is synced."""
+    try:
+        (packed,) = _END.unpack(committed_path(folder).read_bytes()[: _END.size])
+    except (FileNotFoundError, struct.error):
+        return Position(0, 0)
+    return Position(packed >> 32, packed & 0xFFFFFFFF)
 
 
 def read(folder: Path, start: Position, limit: int) -> Iterator[Entry]:
-    """Give up to `limit` records from a position on; ends where nothing whole is written yet.
+    """Give up to `limit` records of a log from a position on, as far as they are committed.
 
     Damaged bytes are passed over up to the next whole record and given as a record of kind DAMAGED: no bit that
-    turned hides what lies behind it. Bytes at the end of a segment that has a successor are no whole record and never
-    will be: a write that was cut, most likely, and not acknowledged; they are given as a record of kind TAIL.
+    turned hides what lies behind it. What was torn by a power cut before it was acknowledged is not given.
     """
-    numbers = [number for number in _segments(folder) if number >= start.segment]
+    end = committed_end(folder)
+    numbers = [number for number in segments(folder) if number >= start.segment]
     everything = (
         entry
         for number in numbers
-        for entry in _read_segment(
-            folder, number, start.offset if number == start.segment else 0, is_last=number == numbers[-1]
-        )
+        if number <= end.segment
+        for entry in _read_segment(folder, number, start.offset if number == start.segment else 0, end, numbers)
     )
-    return itertools.islice(everything, limit)
+    return itertools.islice((one for one in everything if one.kind != OPENED), limit)
 
 
-def _read_segment(folder: Path, number: int, offset: int, *, is_last: bool) -> Iterator[Entry]:
-    with _segment_path(folder, number).open("rb") as file:
-        while True:
-            file.seek(offset)
-            data = file.read(_READ_BYTES)
-            used = 0
-            while (entry := _decode(data, used, number, offset)) is not None:
-                used = entry.after.offset - offset
+def _read_segment(folder: Path, number: int, offset: int, end: Position, numbers: list[int]) -> Iterator[Entry]:
+    if number == end.segment:
+        limit, torn = end.offset, frozenset[int]()
+    else:
+        limit, torn = _announced(folder, number, numbers)
+    try:
+        file = SegmentFile(folder, number)
+    except FileNotFoundError:
+        return
+    with file:
+        yield from file.entries(offset, limit, torn)
+
+
+def _announced(folder: Path, number: int, numbers: list[int]) -> tuple[int, frozenset[int]]:
+    """Find where a segment ends, and what of it is torn, in the first records of its successors."""
+    for later in (one for one in numbers if one > number):
+        opened = opening(folder, later)
+        if opened is not None and str(number) in opened["ends"]:
+            return opened["ends"][str(number)], frozenset(opened["torn"].get(str(number), ()))
+    return 0, frozenset()
+
+
+def opening(folder: Path, number: int) -> dict[str, Any] | None:
+    """Read what the first record of a segment says; None where there is none."""
+    try:
+        with SegmentFile(folder, number) as file:
+            entry = file.entry(0, MAX_BODY_BYTES)
+    except FileNotFoundError:
+        return None
+    return entry.fields if entry is not None and entry.kind == OPENED else None
+
+
+class SegmentFile:
+    """A segment being read. Use it in a `with` block. Raises FileNotFoundError."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._log = folder.name
+        self._number = number
+        self._file = os.open(segment_path(folder, number), os.O_RDONLY)
+        self._window, self._from = b"", 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def entries(self, offset: int, limit: int, torn: frozenset[int]) -> Iterator[Entry]:
+        """Give the records between two offsets; what is no whole record there, and not known to be torn, is damage."""
+        while offset < limit:
+            entry = None if offset in torn else self.entry(offset, limit)
+            if entry is None:
+                after = self._next_whole(offset, limit)
+                if offset not in torn:
+                    yield self._damaged(offset, after, limit)
+                offset = after
+            else:
+                offset = entry.after.offset
                 yield entry
-            if used == 0:
-                used, said = _pass_over(data, number, offset, is_last=is_last)
-                if said is not None:
-                    yield said
-                if used == 0:
-                    return
-            offset += used
 
+    def whole(self, offset: int, limit: int) -> Iterator[Entry]:
+        """Give the whole records between two offsets, whatever lies between them."""
+        while offset < limit:
+            entry = self.entry(offset, limit)
+            if entry is not None:
+                yield entry
+            offset = self._next_whole(offset, limit) if entry is None else entry.after.offset
 
-def _pass_over(data: bytes, number: int, offset: int, *, is_last: bool) -> tuple[int, Entry | None]:
-    """Say how many bytes are no whole record, and the record that tells of them; 0 where nothing whole follows.
+    def sync(self) -> None:
+        """Make durable what is in the file."""
+        os.fdatasync(self._file)
 
-    That is a torn tail, a record that is being written, or damage: the last has whole records behind it.
-    """
-    behind = _next_whole(data, number, offset)
-    fields = {"segment": number, "offset": offset}
-    if behind is None and len(data) < _READ_BYTES:
-        if is_last or not data:
-            return 0, None
-        tail = {**fields, "skipped_bytes": len(data)}
-        return 0, Entry(time=_LONG_AGO, kind=TAIL, fields=tail, after=Position(number + 1, 0))
-    used = len(data) - MAX_RECORD_BYTES if behind is None else behind[0]
-    log.error("journal.damaged", **fields, skipped_bytes=used)
-    if behind is None:
-        return used, None
-    damaged = {**fields, "skipped_bytes": used}
-    return used, Entry(time=behind[1], kind=DAMAGED, fields=damaged, after=Position(number, offset + used))
+    def data(self, entry: Entry) -> bytes:
+        """Read the data set that lies in a record."""
+        size = entry.fields["object"]["size_bytes"]
+        return os.pread(self._file, size, entry.after.offset - size)
 
+    def entry(self, offset: int, limit: int) -> Entry | None:
+        """Decode the record at an offset; None where no whole record of this segment begins."""
+        at = self._at(offset, _HEAD.size)
+        if len(self._window) - at < _HEAD.size:
+            return None
+        magic, crc, number, _, microseconds, body_bytes, data_bytes = _HEAD.unpack_from(self._window, at)
+        end = offset + _HEAD.size + body_bytes + data_bytes
+        if magic != _MAGIC or number != self._number or body_bytes > MAX_BODY_BYTES or end > limit:
+            return None
+        head_bytes = min(data_bytes, HEAD_BYTES)
+        at = self._at(offset, _HEAD.size + body_bytes + head_bytes)
+        begin = at + _HEAD.size + body_bytes
+        checked = memoryview(self._window)[at + _CHECKED_FROM : begin]
+        if len(checked) != _HEAD.size + body_bytes - _CHECKED_FROM or zlib.crc32(checked) != crc:
+            return None
+        fields = json.loads(self._window[at + _HEAD.size : begin])
+        if data_bytes:
+            fields["object"]["location"] = segment_location(self._log, self._number, end - data_bytes)
+            fields["object"]["size_bytes"] = data_bytes
+        return Entry(
+            time=_EPOCH + timedelta(microseconds=microseconds),
+            kind=fields.pop("kind"),
+            fields=fields,
+            log=self._log,
+            begin=offset,
+            after=Position(self._number, end),
+            head=self._window[begin : begin + head_bytes],
+        )
 
-def _next_whole(data: bytes, segment: int, offset: int) -> tuple[int, datetime] | None:
-    """Find the next whole record behind the start of `data`, and its time."""
-    at = data.find(_MAGIC, 1)
-    while at > 0:
-        entry = _decode(data, at, segment, offset)
-        if entry is not None:
-            return at, entry.time
-        at = data.find(_MAGIC, at + 1)
-    return None
+    def _at(self, offset: int, wanted: int) -> int:
+        """Have `wanted` bytes from an offset on in the window, as far as there are any; give their place in it."""
+        if offset < self._from or offset + wanted > self._from + len(self._window):
+            self._window, self._from = os.pread(self._file, max(wanted, _WINDOW), offset), offset
+        return offset - self._from
 
+    def _next_whole(self, offset: int, limit: int) -> int:
+        """Find the next whole record behind an offset; the limit if there is none."""
+        at = offset + 1
+        while at < limit:
+            chunk = os.pread(self._file, min(MAX_BODY_BYTES, limit - at), at)
+            found = chunk.find(_MAGIC)
+            if found < 0:
+                at += max(1, len(chunk) - len(_MAGIC) + 1) if len(chunk) > len(_MAGIC) else limit
+            elif self.entry(at + found, limit) is not None:
+                return at + found
+            else:
+                at += found + 1
+        return limit
 
-def _decode(data: bytes, at: int, segment: int, offset: int) -> Entry | None:
-    if at + _HEAD.size > len(data):
-        return None
-    magic, length, checksum = _HEAD.unpack_from(data, at)
-    end = at + _HEAD.size + length
-    if magic != _MAGIC or length > MAX_RECORD_BYTES or end > len(data):
-        return None
-    body = data[at + _HEAD.size : end]
-    if zlib.crc32(body) != checksum:
-        return None
-    raw = json.loads(body)
-    return Entry(
-        time=datetime.fromisoformat(raw.pop("time")),
-        kind=raw.pop("kind"),
-        fields=raw,
-        after=Position(segment, offset + end),
-    )
+    def _damaged(self, offset: int, after: int, limit: int) -> Entry:
+        fields = {"segment": self._number, "offset": offset, "skipped_bytes": after - offset}
+        log.error("journal.damaged", log=self._log, **fields)
+        following = self.entry(after, limit) if after < limit else None
+        time = following.time if following is not None else _EPOCH
+        place = Position(self._number, after)
+        return Entry(time=time, kind=DAMAGED, fields=fields, log=self._log, begin=offset, after=place)

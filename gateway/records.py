@@ -52,8 +52,6 @@ class Records:
         match entry.kind:
             case journal.DAMAGED:
                 self.set_aside(connection, entry, "journal-damaged")
-            case journal.TAIL:
-                log.warning("journal.tail", **entry.fields)
             case "stored":
                 self._stored(connection, entry, attributes)
             case "quarantined":
@@ -72,7 +70,7 @@ class Records:
         fields = {**_NOTHING_KNOWN, **entry.fields}
         digest = fields["object"]["digest"] if fields["object"] else ""
         # Of a damaged place in the journal only the place is known.
-        known = fields["sop_instance_uid"] or f"journal {entry.after.segment} {entry.after.offset}"
+        known = fields["sop_instance_uid"] or f"journal {entry.log} {entry.after.segment} {entry.after.offset}"
         quarantine_id = derive("quarantine", known, digest, reason, fields["called_ae"])
         table = tables.quarantine
         if connection.execute(sa.select(table).where(table.c.quarantine_id == quarantine_id)).first() is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from clarion.adapters.files import free_bytes
 
@@ -15,32 +15,61 @@ if TYPE_CHECKING:
     from clarion.config import IntakeConfig
 
 
+class Held(Protocol):
+    """The bytes being received now: ours are added and taken, those of all processes counted."""
+
+    def add(self, count: int) -> None:
+        """Count some of ours more; fewer if negative."""
+
+    def total(self) -> int:
+        """Give those of everybody."""
+
+
+class HeldHere:
+    """The bytes being received by this process alone."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        """Count some more; fewer if negative."""
+        self._count += count
+
+    def total(self) -> int:
+        """Give what was counted."""
+        return self._count
+
+
 class Space:
     """Tells whether the disk under `data` has room; bytes being received count as used. Thread-safe."""
 
     def __init__(
-        self, data: Path, config: IntakeConfig, measure: Callable[[Path], tuple[int, int]] = free_bytes
+        self,
+        data: Path,
+        config: IntakeConfig,
+        measure: Callable[[Path], tuple[int, int]] = free_bytes,
+        held: Held | None = None,
     ) -> None:
         self._data = data
         self._config = config
         self._measure = measure
         self._lock = threading.Lock()
-        self._reserved = 0
+        self._held = held or HeldHere()
 
     def available(self, wanted: int = 0) -> bool:
         """Tell whether `wanted` more bytes leave the reserve untouched."""
         free, total = self._measure(self._data)
         reserve = max(total * (1 - self._config.watermark_percent / 100), self._config.reserve_gb * 1e9)
-        return free - self._reserved - wanted > reserve
+        return free - self._held.total() - wanted > reserve
 
     @contextmanager
     def holding(self, size: int) -> Iterator[bool]:
         """Count `size` bytes as used for the block; gives whether there is room for them."""
         with self._lock:
             room = self.available(size)
-            self._reserved += size
+            self._held.add(size)
         try:
             yield room
         finally:
             with self._lock:
-                self._reserved -= size
+                self._held.add(-size)

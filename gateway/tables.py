@@ -117,6 +117,7 @@ journal_positions = sa.Table(
     "journal_positions",
     metadata,
     sa.Column("reader", TEXT, primary_key=True),
+    sa.Column("log", TEXT, primary_key=True),
     sa.Column("segment", sa.Integer, nullable=False),
     sa.Column("offset", BIG, nullable=False),
 )

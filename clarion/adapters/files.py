@@ -1,25 +1,15 @@
-"""Bytes on the local disk: the object store, and the few file-system promises the rest leans on.
-
-An object lies under the digest of its bytes. It is written beside, synced, moved into place and the folder synced,
-in that order, so that a name in place always names whole bytes, also after a power cut.
-"""
+"""The few promises of the local file system that the rest leans on."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import shutil
-import time
 import uuid
 from pathlib import Path
 
-from clarion.crashpoints import effect
-from clarion.errors import ConfigError, MissingObjectError, StoreUnavailableError
-from clarion.model import ObjectRef
+from clarion.errors import ConfigError
 
 _NETWORK = frozenset(("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph", "glusterfs", "afs"))
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 def sync_folder(folder: Path) -> None:
@@ -65,67 +55,3 @@ def write_whole(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     beside.write_bytes(data)
     beside.replace(path)
-
-
-class FileStore:
-    """The object store as files under `root`, in 256 folders by digest."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = make_folder(root)
-        self._incoming = make_folder(root / "incoming")
-        for number in range(256):
-            (root / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
-        sync_folder(root)
-
-    def put(self, data: bytes) -> ObjectRef:
-        """Keep the data; durable on return."""
-        digest = hashlib.sha256(data).hexdigest()
-        ref = ObjectRef(location=f"file:{digest}", digest=digest, size_bytes=len(data))
-        place = self._path(digest)
-        try:
-            if place.exists() and place.read_bytes() == data:
-                # Whoever put it in place may not have come to syncing the folder.
-                sync_folder(place.parent)
-            else:
-                self._write(place, data)
-        except OSError as error:
-            kind = "full" if error.errno in _FULL else "not writable"
-            raise StoreUnavailableError(f"the object store is {kind}: {error.strerror}") from error
-        return ref
-
-    def _write(self, place: Path, data: bytes) -> None:
-        beside = self._incoming / uuid.uuid4().hex
-        try:
-            with effect("store.write"), beside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                with effect("store.sync"):
-                    os.fsync(file.fileno())
-            with effect("store.publish"):
-                beside.replace(place)
-                sync_folder(place.parent)
-        finally:
-            beside.unlink(missing_ok=True)
-
-    def read(self, ref: ObjectRef) -> bytes:
-        """Give an object's bytes, compared with their digest."""
-        try:
-            data = self._path(ref.digest).read_bytes()
-        except FileNotFoundError as error:
-            raise MissingObjectError(f"object {ref.digest[:16]} is not in the store") from error
-        except OSError as error:
-            raise StoreUnavailableError(f"object {ref.digest[:16]} cannot be read: {error.strerror}") from error
-        if hashlib.sha256(data).hexdigest() != ref.digest:
-            raise MissingObjectError(f"object {ref.digest[:16]} is damaged: its bytes have another digest")
-        return data
-
-    def clear_incoming(self, older_than_s: float = 3600.0) -> int:
-        """Remove what a crash left half written, and nobody can still be writing. Gives the count."""
-        oldest = time.time() - older_than_s
-        left = [path for path in self._incoming.iterdir() if path.stat().st_mtime < oldest]
-        for path in left:
-            path.unlink(missing_ok=True)
-        return len(left)
-
-    def _path(self, digest: str) -> Path:
-        return self._root / digest[:2] / digest

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clarion.codec import decode, encode
+from clarion.digests import digest_of
 from clarion.errors import MissingObjectError
 from clarion.model import ObjectRef
 from clarion.patience import PATIENCE_S, TRIES, Patience, reason_of
@@ -50,7 +50,7 @@ class MemoryStore:
 
     def put(self, data: bytes) -> ObjectRef:
         """Keep the data."""
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest_of(data)
         self._objects[digest] = bytes(data)
         return ObjectRef(location=f"memory:{digest}", digest=digest, size_bytes=len(data))
 

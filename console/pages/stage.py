@@ -14,7 +14,7 @@ from console.schema import create_tables
 
 if TYPE_CHECKING:
     from clarion.adapters.database import Database
-    from clarion.adapters.files import FileStore
+    from clarion.adapters.objects import FileStore
     from console.checks import Checked
 
 _START_S = 15.0

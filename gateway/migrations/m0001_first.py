@@ -119,6 +119,7 @@ def _journal_positions() -> None:
     op.create_table(
         "journal_positions",
         sa.Column("reader", TEXT, primary_key=True),
+        sa.Column("log", TEXT, primary_key=True),
         sa.Column("segment", sa.Integer, nullable=False),
         sa.Column("offset", BIG, nullable=False),
     )

@@ -127,8 +127,8 @@ ELSEWHERE = {
     "console/supervisor.py:_spawn",
     "gateway/scu.py:store",  # its callers' effects: delivery.send
     "gateway/scu.py:ask_commitment",  # commitment.ask
-    "gateway/journal.py:close",
-    "gateway/journal.py:_write",  # the sync of a full segment, whose records have syncs of their own
+    "gateway/journal.py:sync",  # recovery, before anything is received
+    "gateway/segments.py:_write_zeros",  # journal.prepare
 }
 
 

@@ -10,8 +10,9 @@ from support.postgres import url_in
 from clarion.adapters.database import Database
 from clarion.adapters.deadletters import State, count_dead_letters, mark, read_dead_letters
 from clarion.adapters.embedded import EmbeddedBus, read_lag
-from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock, MemoryBus, MemoryStore
+from clarion.adapters.objects import FileStore
+from clarion.digests import file_name
 from clarion.errors import PermanentError
 from clarion.events import JobStarted
 from clarion.ports import Clock, EventBus
@@ -113,4 +114,4 @@ class TestFileStore(ObjectStoreSuite):
         (tmp_path / "objects" / "incoming" / "half").write_bytes(b"half")
         ref = store.put(b"whole")
         names = [path.name for path in (tmp_path / "objects").rglob("*") if path.is_file()]
-        assert sorted(names) == sorted(["half", ref.digest])
+        assert sorted(names) == sorted(["half", file_name(ref.digest)])

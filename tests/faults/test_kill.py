@@ -26,7 +26,7 @@ from console.checks import check_config
 from gateway import tables
 from streams.queries import read_story, state_of
 
-KILLS = 24
+KILLS = 30
 STUDIES = 6
 SLICES = 10
 PACE_S = 1.5
@@ -53,7 +53,17 @@ def test_kill_every_process_while_sending(tmp_path: Path, request: pytest.Fixtur
             assert time.monotonic() < end, "not sent in time"
             pause(0.1)
         assert sum(killed.values()) == KILLS
-        assert {"intake", "grouping", "streams", "orchestrator", "delivery", "console", "supervisor"} <= set(killed)
+        assert {
+            "intake",
+            "grouping",
+            "streams",
+            "orchestrator",
+            "delivery",
+            "console",
+            "supervisor",
+            "worker",
+            "guard",
+        } <= set(killed)
         database = Database(check_config(config).config.database_url)
         _wait_until_verified(database, clarion)
     judge(tmp_path, sender.acknowledged, studies=STUDIES)
@@ -87,12 +97,18 @@ class Upheld:
     def pids(self) -> dict[str, int]:
         """Give the process ids of what runs now: stages by their heartbeats, an operator by its parent."""
         beats = {one.stage: one.pid for one in read_heartbeats(self.data / "run") if one.alive}
-        found = {**beats, "supervisor": self.process.pid}
+        found = {**beats, "supervisor": self.process.pid, **self._receiving()}
         if "orchestrator" in beats:
             children = Path(f"/proc/{beats['orchestrator']}/task/{beats['orchestrator']}/children")
             running = children.read_text().split() if children.exists() else []
             found |= {"operator": int(running[0])} if running else {}
         return found
+
+    def _receiving(self) -> dict[str, int]:
+        """Give the guard and a worker, as receiving says they are; what has been killed is not among them."""
+        said = next((one.facts for one in read_heartbeats(self.data / "run") if one.stage == "intake"), {})
+        pids = {name: pid for name, pid in said.get("processes", {}).items() if Path(f"/proc/{pid}").exists()}  # type: ignore[attr-defined]
+        return {name.split("-")[0]: pid for name, pid in pids.items()}
 
 
 class Sender(threading.Thread):
@@ -122,8 +138,9 @@ def _kill_meanwhile(clarion: Upheld) -> dict[str, int]:
     rng = random.Random(7)
     killed: dict[str, int] = {}
     end = time.monotonic() + DEADLINE_S
-    kinds = ["intake", "grouping", "streams", "orchestrator", "delivery", "console", "operator", "intake"]
-    order = [*kinds, "supervisor", *kinds, *rng.sample(kinds, 6), "supervisor"]
+    kinds = ["worker", "grouping", "streams", "orchestrator", "delivery", "console", "operator", "intake", "worker"]
+    kinds += ["guard"]
+    order = [*kinds, "supervisor", *kinds, *rng.sample(kinds, 8), "supervisor"]
     assert len(order) == KILLS
     for kind in order:
         last = time.monotonic() + 12

@@ -8,59 +8,110 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from pydicom import dcmread
+from pydicom.uid import generate_uid
 from support.dcmtk import need, storescu
 from support.processes import wait_for_port
 from support.system import describe
-from support.world import make_series, pause
+from support.world import free_port, make_series, pause
 
 from console.checks import check_config
+from gateway.intake import COLLECTED_BYTES
 
 STRACE = Path("/usr/bin/strace")
-CALLS = "trace=openat,fsync,fdatasync,rename,renameat,renameat2,sendto,write"
+CALLS = "trace=pwritev,pwritev2,pwrite64,write,fsync,fdatasync,rename,sendto,sendmsg"
+SMALL, LARGE = 4, 2
 
 
 def test_success_is_answered_after_every_sync(tmp_path: Path) -> None:
-    """Bites: leave out any of the three syncs in FileStore._write or JournalWriter.append, or answer before them."""
-    config = describe(tmp_path)
+    """Bites: leave out a sync in Segment or IncomingFile, or answer before it (`test_the_proof_bites`)."""
+    answers, broken = _judge(_trace(tmp_path))
+    assert answers == SMALL + LARGE
+    assert broken == []
+
+
+@pytest.mark.parametrize("left_out", ["segments", "objects"])
+def test_the_proof_bites(left_out: str, tmp_path: Path) -> None:
+    """The same, with the product's syncs replaced by nothing: then the judge must say so."""
+    _, broken = _judge(_trace(tmp_path, left_out))
+    assert len(broken) >= (SMALL if left_out == "segments" else LARGE)
+
+
+def _trace(root: Path, left_out: str = "") -> list[str]:
+    config = describe(root, scp={"port": free_port(), "workers": 1})
     port = check_config(config).config.gateway.scp.port
-    trace = tmp_path / "trace"
-    clarion = [sys.executable, "-P", "-m", "console.serve", "intake", str(config)]
-    command = [str(need(STRACE, "strace")), "-f", "-y", "-s", "64", "-e", CALLS, "-o", str(trace), *clarion]
-    with (tmp_path / "log").open("wb") as log:
-        intake = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
+    trace = root / "trace"
+    serve = [sys.executable, "-P", "-m", "console.serve", "intake", str(config)]
+    if left_out:
+        module = {"segments": "gateway.segments", "objects": "clarion.adapters.objects"}[left_out]
+        code = (
+            f"import sys, types, os, {module} as m; m.os = types.SimpleNamespace(**{{**vars(os), 'fdatasync': print}})"
+        )
+        code += "; from console import serve; sys.argv = sys.argv[:1] + sys.argv[-2:]; sys.exit(serve.main())"
+        serve = [sys.executable, "-P", "-c", code, *serve[-2:]]
+    command = [str(need(STRACE, "strace")), "-f", "-y", "-s", "64", "-e", CALLS, "-o", str(trace), *serve]
+    with (root / "log").open("wb") as log:
+        intake = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, stdout=log)
     try:
         wait_for_port(port, intake)
-        series = make_series(tmp_path / "series")
-        assert len(storescu(series, port)) == len(series)
+        series = make_series(root / "series")[:SMALL]
+        large = [_enlarge(path, root / f"large{path.name}") for path in series[:LARGE]]
+        assert len(storescu([*series, *large], port)) == SMALL + LARGE
     finally:
         _end(intake)
-    lines = trace.read_text(errors="replace").splitlines()
-    answers = [index for index, line in enumerate(lines) if _is_answer(line)]
-    assert len(answers) == len(series)
-    start = 0
-    for index in answers:
-        _judge(lines[start:index])
-        start = index + 1
+    return trace.read_text(errors="replace").splitlines()
 
 
-def _is_answer(line: str) -> bool:
-    """A P-DATA-TF (type 4) that a socket was given: between association and release, only C-STORE responses."""
-    return re.search(r"(sendto|write)\(\d+<(TCP|socket):[^>]*>, \"\\4\\0", line) is not None
+def _enlarge(source: Path, target: Path) -> Path:
+    """Give a copy of an instance, under a UID of its own, that is too large for a segment."""
+    ds = dcmread(source)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.add_new(0x00420011, "OB", bytes(2 * COLLECTED_BYTES))
+    ds.save_as(target)
+    return target
 
 
-def _judge(before: list[str]) -> None:
-    """In order: the data set's file, its place in the store, that folder, the journal."""
-    steps = [
-        r"fsync\(\d+<[^>]*/objects/incoming/[0-9a-f]+>",
-        r"rename\w*\(.*/objects/incoming/.*/objects/[0-9a-f]{2}/",
-        r"fsync\(\d+<[^>]*/objects/[0-9a-f]{2}>",
-        r"write\(\d+<[^>]*/journal/\d+\.clj>",
-        r"fdatasync\(\d+<[^>]*/journal/\d+\.clj>",
-    ]
-    at = 0
-    for step in steps:
-        at = next((index + 1 for index in range(at, len(before)) if re.search(step, before[index])), 0)
-        assert at, f"no {step} before the answer, in this order:\n" + "\n".join(before[-40:])
+def _judge(lines: list[str]) -> tuple[int, list[str]]:
+    """Give the number of answers to a C-STORE, and for each that came too soon what was not durable then.
+
+    Every write to a journal segment or an incoming file has to be followed by a sync of that file that begins after
+    it and ends before the answer; a file put in place by a sync of its folder.
+    """
+    answers, broken = 0, []
+    unsynced: dict[str, str] = {}
+    begun: dict[str, tuple[str, set[str]]] = {}
+    for line in lines:
+        pid, call = line.split(maxsplit=1)
+        if "resumed>" in call:
+            name, covered = begun.pop(pid, ("", set()))
+            if name and re.search(r"= 0$", call):
+                unsynced = {key: what for key, what in unsynced.items() if key not in covered}
+            continue
+        path = re.search(r"\(\d+<([^>]*)>", call)
+        if re.match(r"(pwritev2?|pwrite64|write)\(", call) and path and _matters(path[1]):
+            unsynced[path[1]] = call
+        elif re.match(r"rename\(", call) and "/objects/" in call:
+            target = call.split('"')[3]
+            unsynced[str(Path(target).parent)] = call
+        elif re.match(r"f(data)?sync\(", call) and path:
+            begun[pid] = (path[1], {path[1]} & set(unsynced))
+            if call.endswith("= 0"):
+                unsynced.pop(path[1], None)
+                del begun[pid]
+        elif ANSWER.search(call):
+            answers += 1
+            if unsynced:
+                broken.append(f"{call} with {unsynced}")
+    return answers, broken
+
+
+# A P-DATA-TF (type 4) that a socket is given: between association and release, only C-STORE responses.
+ANSWER = re.compile(r"sendto\(\d+<(TCP|socket):[^>]*>, \"\\4\\0")
+
+
+def _matters(path: str) -> bool:
+    return path.endswith(".seg") or "/objects/incoming/" in path
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

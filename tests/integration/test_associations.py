@@ -58,8 +58,8 @@ def test_who_is_rejected_and_how(
     """Bites: check the AE title alone, and the address on the second row lets a spoofer in."""
     with serving(tmp_path, sources=[{"ae_title": "A", "host": host}]) as at, capture_logs() as logs:
         assert rejected(associate(at, calling=calling, called=called)) == answer
-        assert at.scp.refusals == {check: 1}
-        assert calling in at.scp.last_refusal
+        assert at.board.refusals == {check: 1}
+        assert calling in at.board.last_refusal
     said = [one for one in logs if one["event"] == "association.rejected"]
     assert [(one["check"], one["calling_ae"], one["called_ae"], one["address"]) for one in said] == [
         (check, calling, called, "127.0.0.1")
@@ -179,10 +179,10 @@ def until_journalled(at: Serving, kind: str) -> None:
 
 def test_while_draining_new_associations_are_told_to_come_back(tmp_path: Path) -> None:
     with serving(tmp_path) as at, associate_closing(at, VERIFICATION) as held:
-        draining = threading.Thread(target=at.scp.drain, args=(10,))
+        draining = threading.Thread(target=at.stage.drain)
         draining.start()
         for _ in range(1000):
-            if at.scp._draining:
+            if at.board.draining:
                 break
             pause(0.005)
         assert rejected(associate(at)) == (2, 3, 1)
@@ -195,6 +195,6 @@ def test_while_draining_new_associations_are_told_to_come_back(tmp_path: Path) -
 def test_an_unforeseen_error_while_checking_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bites: the library swallows what a handler raises and accepts; every C-STORE then got a permanent 0x0124."""
     with serving(tmp_path) as at:
-        monkeypatch.setattr(at.scp._access, "check", lambda *_: 1 / 0)
+        monkeypatch.setattr(at.guard._access, "check", lambda *_: 1 / 0)
         assert rejected(associate(at)) == (2, 3, 1)
-        assert at.scp.refusals == {"internal-error": 1}
+        assert at.board.refusals == {"internal-error": 1}

@@ -18,16 +18,16 @@ from support.world import free_port, pause
 from clarion.errors import PeerUnavailableError
 from clarion.model import Destination
 from clarion.testing.pacs import Pacs
-from gateway import scp as scp_module
+from console import intake as intake_module
 from gateway.scu import Requestor, Timeouts
 
 
 @pytest.fixture
 def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     """The real SCP with a short deadline, room for four associations, and data sets of up to 3 MB."""
-    monkeypatch.setattr(scp_module, "_STALL_S", 1.0)
-    monkeypatch.setattr(scp_module, "_SPARE_CONNECTIONS", 4)
+    monkeypatch.setattr(intake_module, "STALL_S", 1.0)
     with serving(tmp_path, scp={"max_associations": 4, "max_instance_gb": 0.003}) as at:
+        at.guard.max_pending = 8
         yield at
 
 
@@ -81,7 +81,7 @@ def test_silent_connections_leave_room_for_those_who_speak(listening: Serving) -
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", listening.port), 5)) for _ in range(30)]
         until(lambda: sum(is_cut(one) for one in silent) >= 22, "the surplus is cut")
         silent[0].close()
-    until(lambda: listening.scp.connections == 0, "closed connections are forgotten")
+    until(lambda: listening.board.pending == 0, "closed connections are forgotten")
     with listening.requestor() as peer:
         assert peer.echo() == 0
 
@@ -121,8 +121,7 @@ P_DATA_NAMELESS = struct.pack(">BBLLBB", 4, 0, len(NAMELESS) + 6, len(NAMELESS) 
 
 
 def is_forgotten(listening: Serving) -> bool:
-    listening.scp.sweep()
-    return listening.scp.connections == listening.scp.associations == 0
+    return listening.board.pending == listening.board.associations == 0
 
 
 # The library's threads do die, that is what is tested.

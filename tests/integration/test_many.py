@@ -5,7 +5,6 @@ Intake, store, journal and grouping are the real ones; only the wire is left out
 
 from __future__ import annotations
 
-import hashlib
 import random
 import struct
 import threading
@@ -20,16 +19,17 @@ from support.postgres import url_in
 
 from clarion.adapters.database import Database
 from clarion.adapters.embedded import EmbeddedBus
-from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
+from clarion.adapters.objects import FileStore
 from clarion.adapters.outbox import events_table
 from clarion.config import GatewayConfig
+from clarion.digests import digest_of
 from clarion.model import Manifest, ObjectRef
 from clarion.testing.suites import MOMENT
 from gateway import tables
 from gateway.grouping import Grouping
 from gateway.intake import Arrival, Intake
-from gateway.journal import JournalWriter
+from gateway.journal_writer import JournalWriter
 from gateway.queries import list_studies
 from gateway.registry import load_registry
 from gateway.space import Space
@@ -68,10 +68,9 @@ class Rig:
         })  # fmt: skip
         self.intake = Intake(
             store=self.store,
-            journal=JournalWriter(self.root / "journal", self.clock),
+            journal=JournalWriter(self.root / "journal" / "w0", self.clock),
             space=Space(self.root, config.intake),
             ignored_classes={},
-            wake=lambda: None,
         )
         self.grouping = Grouping(
             journal_folder=self.root / "journal",
@@ -82,12 +81,12 @@ class Rig:
         )
 
     def receive(self, data: bytes, uid: str) -> int:
-        return self.intake.receive(
-            Arrival(
-                data=data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, calling_ae="A",
-                called_ae="B", association="x",
-            )
-        ).status  # fmt: skip
+        reception = self.intake.begin(Arrival(
+            sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, calling_ae="A", called_ae="B",
+            association="x",
+        ))  # fmt: skip
+        reception.write(data)
+        return reception.finish().status
 
     def settle(self) -> None:
         for _ in range(100_000):
@@ -167,7 +166,7 @@ def test_a_thousand_conflicts_are_all_flagged_and_nothing_is_lost(overwrite: boo
         assert len(rows) == 2 * count
         for row in rows:
             data = rig.store.read(ObjectRef(**row.object))
-            assert hashlib.sha256(data).hexdigest() == row.digest
+            assert digest_of(data) == row.digest
             assert b"first" in data or b"second" in data
     rig.clock.advance(timedelta(seconds=30))
     rig.settle()

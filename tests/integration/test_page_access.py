@@ -9,7 +9,7 @@ import pytest
 from support.world import free_port
 
 from clarion.adapters.database import Database
-from clarion.adapters.files import FileStore
+from clarion.adapters.objects import FileStore
 from console.checks import check_config
 from console.pages.stage import ConsoleStage
 

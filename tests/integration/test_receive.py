@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from support.system import System, describe, running
 from support.world import make_series, uid_of
 
 from clarion.dicom import split_part10
+from clarion.digests import digest_of
 from clarion.errors import InvalidInstanceError
 from clarion.model import ObjectRef
 from gateway import tables
@@ -231,14 +231,14 @@ def _send_as_it_is(path: Path, port: int) -> tuple[int, tuple[str, str]]:
     timeouts = Timeouts(connect_s=5, dimse_s=20)
     with Requestor(peer, own_ae="SENDER", classes=[(sop_class, syntax)], timeouts=timeouts) as scu:
         status = scu.store(data, sop_class=sop_class, sop_instance=instance, syntax=syntax)
-    return status, (instance, hashlib.sha256(data).hexdigest())
+    return status, (instance, digest_of(data))
 
 
 def _check_bytes(system: System) -> None:
     with system.database.reading() as connection:
         rows = connection.execute(sa.select(tables.instances)).all()
     for row in rows:
-        assert hashlib.sha256(system.store.read(ObjectRef(**row.object))).hexdigest() == row.digest
+        assert digest_of(system.store.read(ObjectRef(**row.object))) == row.digest
 
 
 def test_no_patient_data_in_the_log(system: System, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_no_patient_data_in_the_log(system: System, tmp_path: Path) -> None:
     assert len(storescu([good], system.scp)) == 1
     storescu([bad], system.scp)
     system.wait_for(
-        lambda: ("1.2.3.4.5.6", hashlib.sha256(split_part10(good.read_bytes())[0]).hexdigest()) in identities(system),
+        lambda: ("1.2.3.4.5.6", digest_of(split_part10(good.read_bytes())[0])) in identities(system),
         "kept",
     )
     assert not re.search("CANARY|19991231", system.log())

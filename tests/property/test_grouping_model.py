@@ -23,7 +23,7 @@ from clarion.events import GroupClosed
 from clarion.model import Manifest
 from gateway import tables
 from gateway.grouping import Grouping
-from gateway.journal import JournalWriter
+from gateway.journal_writer import JournalWriter
 from gateway.registry import load_registry
 
 START = datetime(2026, 11, 23, tzinfo=UTC)
@@ -96,7 +96,7 @@ class Rig:
         self.clock = ManualClock(START)
         self.store = MemoryStore()
         self.root = root
-        self.writer = JournalWriter(root / "journal", self.clock)
+        self.writer = JournalWriter(root / "journal" / "w0", self.clock)
         self.database = Database(f"sqlite:///{root / 'clarion.db'}")
         EmbeddedBus(self.database, self.clock)
         self.grouping = self.make()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 from support.world import uid_of
 
 from clarion.dicom import split_part10
+from clarion.digests import digest_of
 
 BIN = Path("/usr/bin")
 # Without it DCMTK 3.6.7 waits 40 ms for each acknowledgement.
@@ -47,7 +47,7 @@ def storescu(
     for path, response in zip(files, responses, strict=False):
         if response == "Success":
             data, _ = split_part10(path.read_bytes())
-            acknowledged.add((uid_of(path), hashlib.sha256(data).hexdigest()))
+            acknowledged.add((uid_of(path), digest_of(data)))
     return acknowledged
 
 

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.threads import ReceiverThreads
 from support.world import free_port
 
-from clarion.adapters.files import FileStore, free_bytes
-from clarion.adapters.memory import ManualClock
+from clarion.adapters.clock import SystemClock
+from clarion.adapters.files import free_bytes
+from clarion.adapters.objects import FileStore
 from clarion.config import GatewayConfig
-from clarion.model import Destination
-from clarion.testing.suites import MOMENT
+from clarion.model import Destination, ObjectRef
+from console.intake import IntakeStage
 from gateway import journal
-from gateway.access import AccessList
-from gateway.intake import Intake
-from gateway.journal import JournalWriter
-from gateway.scp import Scp
+from gateway.board import Board
+from gateway.guard import Guard
 from gateway.scu import Requestor, Timeouts
-from gateway.space import Space
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -29,9 +28,17 @@ EXPLICIT = "1.2.840.10008.1.2.1"
 
 @dataclass
 class Serving:
-    scp: Scp
+    stage: IntakeStage
     port: int
     root: Path
+
+    @property
+    def board(self) -> Board:
+        return self.stage.board
+
+    @property
+    def guard(self) -> Guard:
+        return self.stage.receiver.guard  # type: ignore[attr-defined]  # ReceiverThreads
 
     def requestor(self, *, calling: str = "A", called: str = "B", sop_class: str = CT) -> Requestor:
         peer = Destination(name="us", ae_title=called, host="127.0.0.1", port=self.port)
@@ -39,37 +46,30 @@ class Serving:
         return Requestor(peer, own_ae=calling, classes=[(sop_class, EXPLICIT)], timeouts=timeouts)
 
     def journalled(self) -> list[tuple[str, dict[str, Any]]]:
-        entries = journal.read(self.root / "journal", journal.START, 10_000)
-        return [(one.kind, one.fields) for one in entries]
+        folder = self.root / "journal"
+        found = [one for log in journal.logs(folder) for one in journal.read(folder / log, journal.START, 10_000)]
+        return [(one.kind, one.fields) for one in sorted(found, key=lambda one: one.time)]
+
+    def read(self, fields: dict[str, Any]) -> bytes:
+        return FileStore(self.root / "objects").read(ObjectRef(**fields["object"]))
 
 
 @contextmanager
 def serving(
-    root: Path, *, measure: Callable[[Path], tuple[int, int]] = free_bytes, **gateway: Any
+    root: Path, *, workers: int = 1, measure: Callable[[Path], tuple[int, int]] = free_bytes, **gateway: Any
 ) -> Iterator[Serving]:
     """Serve as AE title B for the source A on loopback; `gateway` overrides parts of the configuration."""
     port = free_port()
     described = {
-        "scp": {"port": port},
         "ae_titles": [{"ae_title": "B"}],
         "sources": [{"ae_title": "A", "host": "127.0.0.1"}],
         "intake": {"watermark_percent": 100, "reserve_gb": 0},
         **gateway,
     }
-    described["scp"] = {"port": port, **gateway.get("scp", {})}
+    described["scp"] = {"port": port, "workers": workers, **gateway.get("scp", {})}
     config = GatewayConfig.model_validate(described)
-    space = Space(root, config.intake, measure)
-    writer = JournalWriter(root / "journal", ManualClock(MOMENT))
-    intake = Intake(
-        store=FileStore(root / "objects"),
-        journal=writer,
-        space=space,
-        ignored_classes={one.ae_title: frozenset(one.ignored_sop_classes) for one in config.ae_titles},
-        wake=lambda: None,
-    )
-    scp = Scp(config.scp, access=AccessList(config), intake=intake, space=space)
+    stage = IntakeStage(config, root, SystemClock(), ReceiverThreads, measure)
     try:
-        yield Serving(scp, port, root)
+        yield Serving(stage, port, root)
     finally:
-        scp.drain(1)
-        writer.close()
+        stage.drain()

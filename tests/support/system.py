@@ -13,7 +13,7 @@ import yaml
 from support.world import free_port, pause
 
 from clarion.adapters.database import Database
-from clarion.adapters.files import FileStore
+from clarion.adapters.objects import FileStore
 from console.checks import Checked, check_config
 from console.studies import StudyView, read_study
 from console.supervisor import Supervisor

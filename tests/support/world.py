@@ -9,7 +9,6 @@ the object store and what lies in the PACS.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -23,22 +22,25 @@ from typing import Any
 
 import sqlalchemy as sa
 import yaml
+from support.threads import ReceiverThreads
 
 from clarion import crashpoints
 from clarion.adapters.database import Database
-from clarion.adapters.files import FileStore
 from clarion.adapters.memory import ManualClock
+from clarion.adapters.objects import FileStore
 from clarion.adapters.outbox import consumers, dead_letters, events_table
 from clarion.adapters.wakeup import Wakeup
 from clarion.dicom import split_part10
+from clarion.digests import digest_of
 from clarion.errors import ClarionError
 from clarion.model import Destination, ObjectRef
 from clarion.testing.executor import InlineExecutor
 from clarion.testing.pacs import Pacs, read_contents
 from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
 from clarion.testing.ports import free_port
-from console.app import App, IntakeStage
+from console.app import App
 from console.checks import check_config
+from console.intake import IntakeStage
 from gateway import tables
 from gateway.scu import Requestor, Timeouts
 from operators.runner import run as run_operator
@@ -171,7 +173,7 @@ class Case:
                 if scu.store(data, sop_class=ct, sop_instance=uid, syntax=syntax) != 0:
                     return
                 with ledger.open("a") as file:
-                    file.write(f"{uid} {hashlib.sha256(data).hexdigest()}\n")
+                    file.write(f"{uid} {digest_of(data)}\n")
                 wanted.pop(0)
 
     def _system(self, armed: str | None) -> None:
@@ -183,7 +185,7 @@ class Case:
         checked = check_config(self.config)
         checked.config.data.mkdir(exist_ok=True)
         app = App(checked=checked, wakeup=Wakeup(checked.config.data / "wake", "system"), clock=clock)
-        intake = IntakeStage(app)
+        intake = IntakeStage(checked.config.gateway, app.data, clock, ReceiverThreads)
         stages = [app.grouping(), app.streams(), app.orchestrator(InlineExecutor(run_operator)), app.delivery()]
         while not self._finished(app.database):
             moved = [stage.step() for stage in stages]
@@ -240,7 +242,7 @@ def _judge_instances(connection: sa.Connection, store: FileStore, acknowledged: 
     rows = connection.execute(sa.select(tables.instances)).all()
     assert {(row.sop_instance_uid, row.digest) for row in rows} >= acknowledged, "I1: instances lost"
     for row in rows:
-        assert hashlib.sha256(store.read(ObjectRef(**row.object))).hexdigest() == row.digest, "I1: bytes altered"
+        assert digest_of(store.read(ObjectRef(**row.object))) == row.digest, "I1: bytes altered"
     members = connection.execute(sa.select(tables.members)).all()
     assert {row.sop_instance_uid for row in members} == {row.sop_instance_uid for row in rows}, "I1: not grouped"
     stored = connection.execute(sa.select(events_table.c.body).where(events_table.c.kind == "instance.stored.v1"))

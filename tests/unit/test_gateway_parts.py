@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clarion.adapters.memory import MemoryStore
+from clarion.adapters.objects import FileStore
 from clarion.config import GatewayConfig, IntakeConfig
+from clarion.digests import digest_of
 from clarion.elements import EXPLICIT_LE
 from clarion.errors import PeerUnavailableError, StoreUnavailableError
+from clarion.model import ObjectRef
 from gateway.access import (
     CALLED_UNKNOWN,
     CALLING_ELSEWHERE,
@@ -22,7 +24,7 @@ from gateway.access import (
     Admission,
     matches,
 )
-from gateway.intake import Answer, Arrival, Intake
+from gateway.intake import COLLECTED_BYTES, Answer, Arrival, Intake
 from gateway.space import Space
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -33,12 +35,14 @@ class ListJournal:
 
     def __init__(self) -> None:
         self.records: list[tuple[str, dict[str, Any]]] = []
+        self.data: list[bytes] = []
         self.broken = False
 
-    def append(self, kind: str, fields: dict[str, Any]) -> None:
+    def append(self, kind: str, fields: dict[str, Any], data: bytes = b"") -> None:
         if self.broken:
             raise StoreUnavailableError("no")
         self.records.append((kind, fields))
+        self.data.append(bytes(data))
 
 
 def element(group: int, number: int, vr: str, value: bytes) -> bytes:
@@ -63,30 +67,77 @@ def journal() -> ListJournal:
     return ListJournal()
 
 
-def intake(journal: ListJournal, free: int = 10**12, ignored: dict[str, frozenset[str]] | None = None) -> Intake:
-    space = Space(Path("/"), IntakeConfig(), measure=lambda _: (free, 10**12))
-    return Intake(
-        store=MemoryStore(),
-        journal=journal,
-        space=space,
-        ignored_classes=ignored or {},
-        wake=lambda: None,  # type: ignore[arg-type]
-    )
+class Making:
+    """Makes an intake over a folder of the test's own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(
+        self, journal: ListJournal, free: int = 10**12, ignored: dict[str, frozenset[str]] | None = None
+    ) -> Intake:
+        space = Space(Path("/"), IntakeConfig(), measure=lambda _: (free, 10**12))
+        store = FileStore(self.root / "objects")
+        return Intake(store=store, journal=journal, space=space, ignored_classes=ignored or {})  # type: ignore[arg-type]
 
 
-def receive(one: Intake, data: bytes, **changed: str) -> Answer:
+@pytest.fixture
+def intake(tmp_path: Path) -> Making:
+    return Making(tmp_path)
+
+
+def receive(one: Intake, data: bytes, piece: int = 1000, **changed: str) -> Answer:
     values = {
         "sop_class_uid": CT, "sop_instance_uid": "1.2.3", "transfer_syntax_uid": EXPLICIT_LE, "calling_ae": "A",
         "called_ae": "B", "association": "x", **changed,
     }  # fmt: skip
-    return one.receive(Arrival(data=data, **values))
+    reception = one.begin(Arrival(**values))
+    for at in range(0, len(data), piece):
+        reception.write(memoryview(bytearray(data[at : at + piece])))
+    return reception.finish()
 
 
-def test_stored(journal: ListJournal) -> None:
+def test_stored(journal: ListJournal, intake: Making) -> None:
     data = data_set()
     assert receive(intake(journal), data).status == 0x0000
     kind, fields = journal.records[0]
-    assert (kind, fields["object"]["digest"]) == ("stored", hashlib.sha256(data).hexdigest())
+    assert (kind, fields["object"]["digest"], journal.data[0]) == ("stored", digest_of(data), data)
+
+
+@pytest.mark.parametrize("size", [COLLECTED_BYTES - 1000, COLLECTED_BYTES + 1000, 5 * COLLECTED_BYTES + 2])
+def test_large_data_sets_have_a_file_and_small_ones_lie_in_the_record(
+    size: int, journal: ListJournal, intake: Making
+) -> None:
+    data = data_set() + struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, size // 2 * 2) + bytes(size // 2 * 2)
+    one = intake(journal)
+    assert receive(one, data, piece=70_001).status == 0x0000
+    (_, fields), kept = journal.records[0], journal.data[0]
+    assert fields["object"]["digest"] == digest_of(data)
+    if len(data) <= COLLECTED_BYTES:
+        assert kept == data
+    else:
+        assert kept == b""
+        assert one.store.read(ObjectRef(**fields["object"])) == data
+    assert list((intake.root / "objects" / "incoming").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1000, 3 * COLLECTED_BYTES])
+def test_what_is_abandoned_leaves_nothing(size: int, journal: ListJournal, intake: Making) -> None:
+    one = intake(journal)
+    reception = one.begin(Arrival(
+        sop_class_uid=CT, sop_instance_uid="1.2.3", transfer_syntax_uid=EXPLICIT_LE, calling_ae="A", called_ae="B",
+        association="x",
+    ))  # fmt: skip
+    reception.write(bytes(size))
+    reception.abandon()
+    assert journal.records == []
+    assert [path for path in intake.root.rglob("*") if path.is_file()] == []
+
+
+def test_too_many_elements_are_kept_and_left_to_be_checked(journal: ListJournal, intake: Making) -> None:
+    data = data_set() + b"".join(element(0x0029, 0x1000 + number, "LO", b"x") for number in range(2001))
+    assert receive(intake(journal), data).status == 0x0000
+    assert journal.records[0][1]["unchecked"] is True
 
 
 @pytest.mark.parametrize(
@@ -103,7 +154,7 @@ def test_stored(journal: ListJournal) -> None:
         (b"not DICOM at all, but long enough to look at", 0xC000, "malformed"),
     ],
 )
-def test_refused_and_quarantined(data: bytes, status: int, reason: str, journal: ListJournal) -> None:
+def test_refused_and_quarantined(data: bytes, status: int, reason: str, journal: ListJournal, intake: Making) -> None:
     answer = receive(intake(journal), data)
     assert (answer.status, answer.comment) == (status, reason)
     kind, fields = journal.records[0]
@@ -111,25 +162,25 @@ def test_refused_and_quarantined(data: bytes, status: int, reason: str, journal:
     assert (fields["object"] is None) == (data == b"")
 
 
-def test_low_disk_is_transient_and_keeps_nothing(journal: ListJournal) -> None:
+def test_low_disk_is_transient_and_keeps_nothing(journal: ListJournal, intake: Making) -> None:
     assert receive(intake(journal, free=10**9), data_set()).status == 0xA700
     assert journal.records == []
 
 
-def test_journal_failure_is_never_a_success(journal: ListJournal) -> None:
+def test_journal_failure_is_never_a_success(journal: ListJournal, intake: Making) -> None:
     """Bites: catch the error around the append alone and the answer becomes 0x0000."""
     journal.broken = True
     assert receive(intake(journal), data_set()).status == 0xA700
 
 
-def test_unforeseen_failure_has_a_log_id(journal: ListJournal) -> None:
+def test_unforeseen_failure_has_a_log_id(journal: ListJournal, intake: Making) -> None:
     journal.append = None  # type: ignore[assignment,method-assign]
     answer = receive(intake(journal), data_set())
     assert answer.status == 0x0110
     assert "log id" in answer.comment
 
 
-def test_ignored_class_is_success_without_bytes(journal: ListJournal) -> None:
+def test_ignored_class_is_success_without_bytes(journal: ListJournal, intake: Making) -> None:
     answer = receive(intake(journal, ignored={"B": frozenset((CT,))}), data_set())
     assert answer.status == 0x0000
     assert journal.records[0][0] == "ignored"
@@ -181,7 +232,7 @@ def test_access_list(calling: str, called: str, address: str, expected: object) 
 
 def test_open_access_takes_every_source_and_no_stranger_as_destination() -> None:
     config = GatewayConfig.model_validate({"scp": {"reject_unknown_sources": False}, "ae_titles": [{"ae_title": "B"}]})
-    assert AccessList(config).check("ANYONE", "B", "203.0.113.9") == STORES
+    assert AccessList(config).check("ANYONE", "B", "203.0.113.9") == replace(STORES, known=False)
     assert AccessList(config).check("ANYONE", "C", "203.0.113.9") == CALLED_UNKNOWN
 
 

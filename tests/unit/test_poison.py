@@ -23,7 +23,7 @@ from clarion.model import Action, Decision, Group, Instance, ObjectRef, Trigger
 from clarion.testing.suites import MOMENT
 from gateway import groups, tables
 from gateway.grouping import Grouping
-from gateway.journal import JournalWriter
+from gateway.journal_writer import JournalWriter
 from gateway.queries import list_blocked_groups, list_studies
 from gateway.registry import CalledEntity
 
@@ -51,7 +51,7 @@ class Rig:
     def __init__(self, root: Path, rule: Any) -> None:
         self.clock = ManualClock(MOMENT)
         self.store = MemoryStore()
-        self.writer = JournalWriter(root / "journal", self.clock)
+        self.writer = JournalWriter(root / "journal" / "w0", self.clock)
         self.database = Database(url_in(root))
         EmbeddedBus(self.database, self.clock)
         entity = CalledEntity(ae_title="B", rule_name="r", rule=rule, overwrite_same_instance=False)
@@ -144,7 +144,7 @@ def test_damage_in_the_journal_is_shown(tmp_path: Path) -> None:
     rig = Rig(tmp_path, GoodRule())
     for number in range(1, 4):
         rig.receive(number)
-    path = tmp_path / "journal" / "00000001.clj"
+    path = tmp_path / "journal" / "w0" / "00000001.seg"
     data = bytearray(path.read_bytes())
     data[data.find(b'"1.2.2"') + 2] ^= 1
     path.write_bytes(bytes(data))

@@ -1,0 +1,146 @@
+"""The receiving process: it forks a guard and workers, watches them, and says how they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clarion.adapters.files import free_bytes
+from clarion.adapters.objects import FileStore
+from gateway.access import AccessList
+from gateway.board import Board, HeldByAll
+from gateway.doorbell import Doorbell
+from gateway.guard import Guard
+from gateway.intake import Intake
+from gateway.journal_writer import JournalWriter
+from gateway.receiver import STALL_S, Channels, Receiver, channels, listen, worker_count
+from gateway.space import Space
+from gateway.wire.stream import Deadlines
+from gateway.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Protocol
+
+    from clarion.config import GatewayConfig
+    from clarion.ports import Clock
+    from gateway.receiver import Runnable
+
+    class Receiving(Protocol):
+        """The guard and the workers, however they run."""
+
+        @property
+        def pids(self) -> dict[str, int]:
+            """The processes that run now, by name."""
+
+        def look(self) -> None:
+            """Replace what has ended."""
+
+        def drain(self, deadline_s: float) -> None:
+            """Turn away who comes, let associations end until the deadline."""
+
+
+_DRAIN_S = 15.0
+
+
+class IntakeStage:
+    """Receiving: its work is done by processes of its own, a step only watches them."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        data: Path,
+        clock: Clock,
+        receive: Callable[[Board, Callable[[], Runnable], Callable[[int], Runnable]], Receiving] = Receiver,
+        measure: Callable[[Path], tuple[int, int]] = free_bytes,
+    ) -> None:
+        self._measure = measure
+        self._config = config
+        self._data = data
+        self._clock = clock
+        FileStore(data / "objects").clear_incoming()
+        self._space = Space(data, config.intake, measure)
+        self._listener = listen(config.scp)
+        self.board = Board(worker_count(config.scp))
+        self._channels: Channels = channels(self.board.workers)
+        self.receiver = receive(self.board, self._make_guard, self._make_worker)
+
+    def step(self) -> bool:
+        """Replace a process that has ended; associations are not our work."""
+        self.receiver.look()
+        return False
+
+    def facts(self) -> dict[str, object]:
+        """Say the port, the associations, what was received, and whether there is room."""
+        slots = [one.counts for one in self.board.slots]
+        return {
+            "port": self._config.scp.port,
+            "associations": self.board.associations,
+            "refusals": self.board.refusals,
+            "last_refusal": self.board.last_refusal,
+            "stored": sum(one[0] for one in slots),
+            "refused": sum(one[1] for one in slots),
+            "bytes": sum(one[2] for one in slots),
+            "processes": self.receiver.pids,
+            "replaced_workers": sum(one.restarts for one in self.board.slots),
+            "space": "ok" if self._space.available() else "low",
+        }
+
+    def drain(self) -> None:
+        """Accept no more, let associations end, close the journal."""
+        self.receiver.drain(_DRAIN_S)
+        self._listener.close()
+
+    def _make_guard(self) -> Guard:
+        return Guard(
+            self._listener,
+            self._channels.guard,
+            config=self._config.scp,
+            access=AccessList(self._config),
+            space=Space(self._data, self._config.intake, self._measure),
+            board=self.board,
+            stall_s=STALL_S,
+        )
+
+    def _make_worker(self, index: int) -> _JournallingWorker:
+        slot = self.board.slot(index)
+        space = Space(self._data, self._config.intake, self._measure, held=HeldByAll(self.board, slot))
+        doorbell = Doorbell(self._data / "journal", self._data / "wake")
+        journal = JournalWriter(
+            self._data / "journal" / f"w{index}", self._clock, has_room=space.available, on_commit=doorbell.ring
+        )
+        intake = Intake(
+            store=FileStore(self._data / "objects"),
+            journal=journal,
+            space=space,
+            ignored_classes={one.ae_title: frozenset(one.ignored_sop_classes) for one in self._config.ae_titles},
+        )
+        worker = Worker(
+            self._channels.worker[index],
+            config=self._config.scp,
+            intake=intake,
+            board=self.board,
+            slot=slot,
+            deadlines=Deadlines(stall_s=STALL_S, idle_s=self._config.scp.idle_timeout_s),
+            drain_s=_DRAIN_S,
+        )
+        return _JournallingWorker(worker, journal)
+
+
+class _JournallingWorker:
+    """A worker that closes its log when it ends."""
+
+    def __init__(self, worker: Worker, journal: JournalWriter) -> None:
+        self._worker = worker
+        self._journal = journal
+
+    def run(self) -> None:
+        """Run the worker to its end."""
+        try:
+            self._worker.run()
+        finally:
+            self._journal.close()
+
+    def stop(self) -> None:
+        """Make `run` return."""
+        self._worker.stop()

@@ -1,0 +1,334 @@
+"""One association as its acceptor: contexts are negotiated, messages answered, the end is noted.
+
+Each runs in a thread of its own, with a blocking socket. What a peer does wrong ends its association with an A-ABORT
+and concerns nobody else.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from clarion.crashpoints import effect, reach
+from clarion.errors import StoreUnavailableError
+from gateway.commitments import MAX_DATA_SET_BYTES, read_report
+from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
+from gateway.wire import commands, pdu
+from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, negotiate
+from gateway.wire.commands import number, uid
+from gateway.wire.pdu import PduError
+from gateway.wire.stream import StalledError, Stream, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from clarion.config import ScpConfig
+    from gateway.access import Admission
+    from gateway.board import Slot
+    from gateway.intake import Intake
+    from gateway.wire.pdu import Request
+    from gateway.wire.stream import Deadlines
+
+log = structlog.get_logger()
+
+_NOT_AUTHORISED = 0x0124
+_CLASS_NOT_SUPPORTED = 0x0122
+_UNRECOGNISED_OPERATION = 0x0211
+_DISCARDED_BYTES = 65536
+
+
+class _Message(Protocol):
+    """What a data set is for."""
+
+    def write(self, piece: memoryview) -> None:
+        """Take a piece."""
+
+    def finish(self) -> Answer:
+        """Give the answer."""
+
+    def abandon(self) -> None:
+        """The data set will not be completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """A data set that is read and dropped; the answer was known before it came."""
+
+    answer: Answer
+
+    def write(self, piece: memoryview) -> None:
+        """Drop a piece."""
+
+    def finish(self) -> Answer:
+        """Give the answer."""
+        return self.answer
+
+    def abandon(self) -> None:
+        """Nothing was kept."""
+
+
+class Collected:
+    """A small data set that is decoded: a report of storage commitment."""
+
+    def __init__(self, judge: Callable[[bytes], Answer]) -> None:
+        self._data = bytearray()
+        self._judge = judge
+
+    def write(self, piece: memoryview) -> None:
+        """Take a piece."""
+        self._data += piece
+        if len(self._data) > MAX_DATA_SET_BYTES:
+            raise PduError(pdu.NOT_SPECIFIED, "a message of too many bytes")
+
+    def finish(self) -> Answer:
+        """Judge it."""
+        return self._judge(bytes(self._data))
+
+    def abandon(self) -> None:
+        """Nothing was kept."""
+
+
+class Association:
+    """Serves one peer until one of the two ends it. `stop` may be called by any thread."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        request: Request,
+        admission: Admission,
+        address: str,
+        *,
+        config: ScpConfig,
+        intake: Intake,
+        deadlines: Deadlines,
+        slot: Slot,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self._connection = connection
+        self._request = request
+        self._admission = admission
+        self._address = address
+        self._config = config
+        self._intake = intake
+        self._deadlines = deadlines
+        self._slot = slot
+        self._max_bytes = int(config.max_instance_gb * 1e9)
+        self._negotiated = negotiate(request, config)
+        self._command: Mapping[int, bytes] = {}
+        self._context = 0
+        self._message: _Message | None = None
+        self._size = 0
+        self._stopped = ""
+        self._studies: dict[str, list[int]] = {}
+
+    def run(self) -> None:
+        """Accept the association and serve it to its end; closes the connection. Never raises."""
+        who = {"calling_ae": self._request.calling, "called_ae": self._request.called, "address": self._address}
+        log.info("association.requested", association=self.id, **who)
+        reason = "failed"
+        try:
+            reason = self._serve()
+        except OSError:
+            reason = "connection lost"
+        except Exception:  # the boundary to the wire: this peer's association is lost, nobody else's
+            log.exception("association.failed", association=self.id)
+            self._say(pdu.abort(pdu.NOT_SPECIFIED))
+        finally:
+            self._forget_message()
+            self._ended(reason)
+            self._slot.end()
+            self._linger()
+
+    def stop(self, reason: str) -> None:
+        """Have the association aborted, because we end."""
+        self._stopped = reason
+        try:
+            self._connection.shutdown(socket.SHUT_RD)
+        except OSError:
+            return
+
+    def _serve(self) -> str:
+        prepare(self._connection, self._deadlines)
+        self._connection.sendall(
+            pdu.accept(
+                self._request,
+                self._negotiated.results,
+                max_length=self._config.max_pdu,
+                roles=self._negotiated.roles,
+                answers_identity=self._request.identity is not None and self._request.identity.wants_answer,
+            )
+        )
+        stream = Stream(
+            self._connection,
+            self,
+            self._deadlines,
+            max_length=self._config.max_pdu,
+            stopping=lambda: bool(self._stopped),
+        )
+        try:
+            ending = stream.run()
+        except PduError as error:
+            log.warning("association.aborted", association=self.id, reason=str(error), address=self._address)
+            self._say(pdu.abort(error.reason))
+            return "aborted by us"
+        except StalledError as error:
+            log.warning("association.cut", association=self.id, reason=str(error), address=self._address)
+            self._say(pdu.abort(pdu.NOT_SPECIFIED))
+            return str(error)
+        if self._stopped:
+            self._say(pdu.abort(pdu.NOT_SPECIFIED))
+            return self._stopped
+        if ending == "released":
+            self._say(pdu.RELEASE_RESPONSE)
+        return ending
+
+    def _say(self, data: bytes) -> None:
+        try:
+            self._connection.sendall(data)
+        except OSError:
+            return
+
+    def _linger(self) -> None:
+        """Let the peer close first, within the deadline (ARTIM, PS3.8 9.1.5); what it still says is dropped."""
+        try:
+            self._connection.shutdown(socket.SHUT_WR)
+            left = 3
+            while left and self._connection.recv(_DISCARDED_BYTES):
+                left -= 1
+        except OSError:
+            pass
+        self._connection.close()
+
+    def _ended(self, reason: str) -> None:
+        log.info("association.ended", association=self.id, reason=reason)
+        with effect("scp.associationended"):
+            self._intake.association_ended(
+                self.id,
+                reason,
+                calling_ae=self._request.calling,
+                called_ae=self._request.called,
+                studies={study: (counts[0], counts[1]) for study, counts in self._studies.items()},
+            )
+
+    # Messages --------------------------------------------------------------------------------------------------
+
+    def begin(self, context: int, command: bytes) -> bool:
+        """Take a command set; tell whether a data set follows."""
+        if context not in self._negotiated.contexts:
+            raise PduError(pdu.INVALID_PARAMETER, "a message on a context that was not accepted")
+        self._context, self._command, self._size = context, commands.parse(command), 0
+        field = number(self._command, commands.FIELD) or 0
+        if field == commands.C_CANCEL_RQ:
+            return False
+        follows = number(self._command, commands.DATA_SET_TYPE) != commands.NO_DATA_SET
+        if field & commands.RESPONSE:
+            self._message = Discarded(Answer(status=SUCCESS)) if follows else None
+            return follows
+        if number(self._command, commands.MESSAGE_ID) is None:
+            raise PduError(pdu.INVALID_PARAMETER, "a request without a message id")
+        self._message = self._message_of(field)
+        if not follows:
+            self._answer_without_data(field)
+        return follows
+
+    def take_data(self, piece: memoryview) -> None:
+        """Take a piece of a data set."""
+        self._size += len(piece)
+        if self._size > self._max_bytes:
+            raise PduError(pdu.NOT_SPECIFIED, "a data set above gateway.scp.max_instance_gb")
+        if self._message is not None:
+            self._message.write(piece)
+
+    def end_data(self) -> None:
+        """Answer the message whose data set is complete."""
+        message, self._message = self._message, None
+        if message is None or (number(self._command, commands.FIELD) or 0) & commands.RESPONSE:
+            return
+        self._answer(message.finish())
+
+    def _answer_without_data(self, field: int) -> None:
+        self._forget_message()
+        if field == commands.C_ECHO_RQ:
+            self._answer(Answer(status=SUCCESS))
+        elif field == commands.C_STORE_RQ:
+            self._answer(Answer(status=CANNOT_UNDERSTAND, comment="no data set"))
+        else:
+            self._answer(Answer(status=_UNRECOGNISED_OPERATION))
+
+    def _answer(self, answer: Answer) -> None:
+        field = number(self._command, commands.FIELD)
+        if field == commands.C_STORE_RQ:
+            counts = self._studies.setdefault(answer.study_uid, [0, 0])
+            counts[0 if answer.status == SUCCESS else 1] += 1
+            self._slot.answered(self._size, success=answer.status == SUCCESS)
+        if field == commands.C_STORE_RQ and answer.status == SUCCESS:
+            reach("before:scp.respond")
+            self._send(commands.stored(self._command))
+            reach("after:scp.respond")
+        else:
+            self._send(commands.respond(self._command, answer.status, answer.comment))
+
+    def _send(self, command: bytes) -> None:
+        self._connection.sendall(pdu.p_data(self._context, pdu.COMMAND, command, self._request.max_length))
+
+    def _forget_message(self) -> None:
+        """Let go of a data set that will not be completed: nothing of it was acknowledged."""
+        if self._message is not None:
+            self._message.abandon()
+            if self._size:
+                log.info("instance.notcompleted", association=self.id, bytes=self._size)
+        self._message = None
+
+    def _message_of(self, field: int) -> _Message:
+        if field == commands.C_STORE_RQ:
+            return self._store_message()
+        if field == commands.N_EVENT_REPORT_RQ and self._abstract_syntax == STORAGE_COMMITMENT:
+            return Collected(self._reported)
+        return Discarded(Answer(status=_UNRECOGNISED_OPERATION))
+
+    @property
+    def _abstract_syntax(self) -> str:
+        return self._negotiated.contexts[self._context].abstract_syntax
+
+    def _store_message(self) -> _Message:
+        sop_class_uid = uid(self._command, commands.AFFECTED_CLASS)
+        if not sop_class_uid or not uid(self._command, commands.AFFECTED_INSTANCE):
+            return Discarded(Answer(status=CANNOT_UNDERSTAND, comment="the request names no SOP Class or Instance"))
+        if not self._admission.may_store:
+            return self._refused(_NOT_AUTHORISED, "not a source of instances")
+        private = not sop_class_uid.startswith(STANDARD_ROOT)
+        if private and not self._config.accept_private_sop_classes:
+            return self._refused(_CLASS_NOT_SUPPORTED, "private SOP Classes are not accepted")
+        return self._intake.begin(
+            Arrival(
+                sop_class_uid=sop_class_uid,
+                sop_instance_uid=uid(self._command, commands.AFFECTED_INSTANCE),
+                transfer_syntax_uid=self._negotiated.contexts[self._context].transfer_syntaxes[0],
+                calling_ae=self._request.calling,
+                called_ae=self._request.called,
+                association=self.id,
+            )
+        )
+
+    def _refused(self, status: int, reason: str) -> Discarded:
+        log.warning("instance.refused", reason=reason, association=self.id)
+        return Discarded(Answer(status=status, comment=reason))
+
+    def _reported(self, data: bytes) -> Answer:
+        """Take a storage commitment result; success only after it is journalled."""
+        if not self._admission.may_report:
+            return Answer(status=_NOT_AUTHORISED)
+        report = read_report(data, self._negotiated.contexts[self._context].transfer_syntaxes[0])
+        if report is None:
+            return Answer(status=PROCESSING_FAILURE)
+        try:
+            self._intake.commitment_reported(
+                self._request.calling, report.transaction_uid, list(report.stored), list(report.failed)
+            )
+        except StoreUnavailableError:
+            return Answer(status=PROCESSING_FAILURE)
+        return Answer(status=SUCCESS)

@@ -1,0 +1,191 @@
+"""What the receiving processes tell each other: numbers in memory that they share, each written by one of them.
+
+Made before the first fork. A number survives its process: a worker that takes a dead one's place counts as ended what
+the dead one had.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from typing import TYPE_CHECKING
+
+from gateway.access import REJECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MALFORMED = "malformed-request"
+CHECKS = (*(one.check for one in REJECTIONS), MALFORMED)
+
+_CHECKS_AT = 8
+_DRAINING, _PENDING, _SAID_BYTES = 0, 1, 2
+_WORKERS_AT = _CHECKS_AT + 24
+_HANDED, _ENDED, _TAKEN, _HELD, _STORED, _REFUSED, _BYTES, _RESTARTS, _READY = range(9)
+_NUMBERS = 9
+_TEXT_BYTES = 512
+MOST_WORKERS = 16
+
+
+class Board:
+    """The shared numbers of a guard and some workers."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        numbers = _WORKERS_AT + MOST_WORKERS * _NUMBERS
+        self._map = mmap.mmap(-1, numbers * 8 + _TEXT_BYTES)
+        view = memoryview(self._map)
+        self._numbers = view[: numbers * 8].cast("q")
+        self._text = view[numbers * 8 :]
+
+    def slot(self, worker: int) -> Slot:
+        """Give the numbers of one worker."""
+        return Slot(self._numbers, _WORKERS_AT + worker * _NUMBERS)
+
+    @property
+    def slots(self) -> Iterable[Slot]:
+        """The numbers of every worker."""
+        return (self.slot(one) for one in range(self.workers))
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new association is accepted any more."""
+        return bool(self._numbers[_DRAINING])
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._numbers[_DRAINING] = int(value)
+
+    @property
+    def pending(self) -> int:
+        """How many connections the guard holds: silent, half asked, or being turned away."""
+        return self._numbers[_PENDING]
+
+    @pending.setter
+    def pending(self, count: int) -> None:
+        self._numbers[_PENDING] = count
+
+    @property
+    def associations(self) -> int:
+        """How many associations are open."""
+        return sum(one.open for one in self.slots)
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """How many associations were rejected, by the check that failed."""
+        counts = {check: self._numbers[_CHECKS_AT + index] for index, check in enumerate(CHECKS)}
+        return {check: count for check, count in counts.items() if count}
+
+    @property
+    def last_refusal(self) -> str:
+        """Who was rejected last, and why."""
+        return bytes(self._text[: self._numbers[_SAID_BYTES]]).decode("utf-8", "replace")
+
+    def refused(self, check: str, said: str) -> None:
+        """Count a rejection."""
+        self._numbers[_CHECKS_AT + CHECKS.index(check)] += 1
+        raw = said.encode()[:_TEXT_BYTES]
+        self._text[: len(raw)] = raw
+        self._numbers[_SAID_BYTES] = len(raw)
+
+
+class Slot:
+    """The numbers of one worker. The guard writes `handed`, the worker all others; `lose` is the parent's.
+
+    The threads of a process count through one Slot.
+    """
+
+    def __init__(self, numbers: memoryview[int], at: int) -> None:
+        self._numbers = numbers
+        self._at = at
+        self._lock = threading.Lock()
+
+    def _get(self, which: int) -> int:
+        return self._numbers[self._at + which]
+
+    def _add(self, which: int, count: int) -> None:
+        with self._lock:
+            self._numbers[self._at + which] += count
+
+    @property
+    def open(self) -> int:
+        """How many associations were handed over and have not ended."""
+        return max(0, self._get(_HANDED) - self._get(_ENDED))
+
+    @property
+    def handed(self) -> int:
+        """How many connections the guard has given to it, in all."""
+        return self._get(_HANDED)
+
+    def hand(self) -> None:
+        """Count a connection that was given to it."""
+        self._add(_HANDED, 1)
+
+    def end(self) -> None:
+        """Count an association that has ended."""
+        self._add(_ENDED, 1)
+
+    def begin_anew(self, ended: int) -> None:
+        """A worker takes the place: all that were handed to the one before have ended, and nothing is held."""
+        self._numbers[self._at + _ENDED] = ended
+        self._numbers[self._at + _TAKEN] = self._numbers[self._at + _HELD] = 0
+        self._numbers[self._at + _READY] = 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether a process has taken the place and has not ended."""
+        return bool(self._get(_READY))
+
+    @property
+    def taken(self) -> int:
+        """How many associations the present process has had."""
+        return self._get(_TAKEN)
+
+    def take(self) -> None:
+        """Count an association that begins."""
+        self._add(_TAKEN, 1)
+
+    @property
+    def restarts(self) -> int:
+        """How often a process had to be replaced."""
+        return self._get(_RESTARTS)
+
+    def lose(self) -> None:
+        """Note that the process has ended, and will be replaced."""
+        self._numbers[self._at + _READY] = 0
+        self._add(_RESTARTS, 1)
+
+    @property
+    def held(self) -> int:
+        """How many bytes of data sets it has in memory."""
+        return self._get(_HELD)
+
+    def hold(self, count: int) -> None:
+        """Count bytes in memory; fewer if negative."""
+        self._add(_HELD, count)
+
+    def answered(self, size: int, *, success: bool) -> None:
+        """Count an instance that was answered."""
+        self._add(_STORED if success else _REFUSED, 1)
+        self._add(_BYTES, size)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Instances answered with success, instances refused, bytes of both."""
+        return self._get(_STORED), self._get(_REFUSED), self._get(_BYTES)
+
+
+class HeldByAll:
+    """The bytes being received by all workers, of which we are one."""
+
+    def __init__(self, board: Board, slot: Slot) -> None:
+        self._board = board
+        self._slot = slot
+
+    def add(self, count: int) -> None:
+        """Count some of ours more; fewer if negative."""
+        self._slot.hold(count)
+
+    def total(self) -> int:
+        """Give those of everybody."""
+        return sum(one.held for one in self._board.slots)

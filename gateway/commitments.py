@@ -1,0 +1,40 @@
+"""The data sets of storage commitment (PS3.4 J.3), read without a library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clarion.elements import Walker
+from clarion.errors import InvalidInstanceError
+
+# A report of 10,000 instances is 2 MB.
+MAX_DATA_SET_BYTES = 16 * 2**20
+
+_TRANSACTION, _FAILED, _REFERENCED, _INSTANCE = 0x00081195, 0x00081198, 0x00081199, 0x00081155
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A storage commitment result: which instances the peer keeps, and which it does not."""
+
+    transaction_uid: str
+    stored: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+def read_report(data: bytes, transfer_syntax_uid: str) -> Report | None:
+    """Read a result; None when it is none."""
+    walker = Walker(data, transfer_syntax_uid)
+    transaction = ""
+    stored: list[str] = []
+    failed: list[str] = []
+    try:
+        for element in walker.elements():
+            if element.tag == _TRANSACTION:
+                transaction = walker.text(element)
+            elif element.tag in {_FAILED, _REFERENCED}:
+                uids = [walker.text(one) for item in walker.items(element) for one in item if one.tag == _INSTANCE]
+                (failed if element.tag == _FAILED else stored).extend(uids)
+    except InvalidInstanceError:
+        return None
+    return Report(transaction_uid=transaction, stored=tuple(stored), failed=tuple(failed)) if transaction else None

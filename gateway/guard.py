@@ -1,0 +1,330 @@
+"""The guard: owns the port, hears every connection out as far as its association request, and lets in or turns away.
+
+One selector, no thread per peer, nothing that blocks: silent and half-spoken connections cost a descriptor and end at
+their deadline. Whoever is let in is handed to the worker with the fewest associations, socket and request together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from gateway.access import NO_SPACE, NOT_READY, OUR_FAULT, TOO_MANY, Admission, Rejection
+from gateway.board import MALFORMED
+from gateway.wire import pdu
+from gateway.wire.acceptance import is_storage
+from gateway.wire.pdu import PduError
+from gateway.worker import RECYCLE_AFTER, Handover
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from clarion.config import ScpConfig
+    from gateway.access import AccessList
+    from gateway.board import Board
+    from gateway.space import Space
+
+log = structlog.get_logger()
+
+BACKLOG = 1024
+# Connections that have not asked yet or are being turned away; when there are more, the oldest must go.
+MAX_PENDING = 4096
+_LOOK_S = 1.0
+_ACCEPTED_AT_ONCE = 64
+_HEADER = 6
+_READ = 65536
+_RESOLVERS = 4
+# While no worker is there, so long nobody is told so: a worker that died is replaced by then.
+_PATIENCE_S = 5.0
+# Of the associations allowed, this part is kept for known AE titles where unknown ones are let in.
+_RESERVED = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A connection that has not been let in; `closing` once it was answered and the peer is to close."""
+
+    connection: socket.socket
+    address: str
+    since: float
+    data: bytearray
+    closing: bool = False
+    waiting: bool = False
+
+
+class Guard:
+    """Serves a listening socket until `stop`. `channels` lead to the workers, in the order of the board's slots."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        channels: list[socket.socket],
+        *,
+        config: ScpConfig,
+        access: AccessList,
+        space: Space,
+        board: Board,
+        stall_s: float,
+    ) -> None:
+        self._listener = listener
+        self._listener.setblocking(False)  # noqa: FBT003  as the standard library has it
+        self._channels = channels
+        self._config = config
+        self._access = access
+        self._space = space
+        self._board = board
+        self._stall_s = stall_s
+        self._stopping = os.eventfd(0, os.EFD_NONBLOCK)
+        self._stopped = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, None)
+        self._selector.register(self._stopping, selectors.EVENT_READ, None)
+        for worker, channel in enumerate(channels):
+            channel.setblocking(False)  # noqa: FBT003  as above
+            self._selector.register(channel, selectors.EVENT_READ, worker)
+        self._timer = threading.Event()
+        # In the order in which they came; the oldest is first.
+        self._pending: dict[_Pending, None] = {}
+        self._resolving: dict[Future[Admission | Rejection], tuple[_Pending, pdu.Request]] = {}
+        self._resolvers: ThreadPoolExecutor | None = None
+        # Who has associations: per worker, addresses by the number handed over; how often that worker was replaced.
+        self._addresses: list[dict[int, str]] = [{} for _ in channels]
+        self._restarts = [0 for _ in channels]
+        self._unready_since = time.monotonic()
+        self.max_pending = MAX_PENDING
+
+    def stop(self) -> None:
+        """Return from `run`. Callable from a signal handler."""
+        self._stopped = True
+        os.eventfd_write(self._stopping, 1)
+
+    def run(self) -> None:
+        """Serve until stopped; closes what is pending then."""
+        swept = 0.0
+        while not self._stopped:
+            if self._waits_for_workers():
+                self._timer.wait(0.01)
+                continue
+            for key, _ in self._selector.select(_LOOK_S if not self._resolving else 0.05):
+                if isinstance(key.data, _Pending):
+                    self._heard(key.data)
+                elif key.data is not None:
+                    self._note_ended(key.data)
+                elif key.fileobj is self._listener:
+                    self._accept()
+            self._take_resolved()
+            if time.monotonic() - swept > min(_LOOK_S, self._stall_s / 4):
+                swept = time.monotonic()
+                self._sweep(swept)
+            self._board.pending = len(self._pending)
+        for one in list(self._pending):
+            self._forget(one)
+        self._board.pending = 0
+
+    def _waits_for_workers(self) -> bool:
+        """Tell whether nobody can be served now, but soon: until then who comes waits in the port's queue."""
+        if any(one.ready for one in self._board.slots):
+            self._unready_since = 0.0
+            return False
+        self._unready_since = self._unready_since or time.monotonic()
+        return time.monotonic() - self._unready_since < _PATIENCE_S
+
+    def _note_ended(self, worker: int) -> None:
+        """Hear from a worker which associations have ended."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._addresses[worker].pop(int.from_bytes(self._channels[worker].recv(8), "little"), None)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                connection, peer = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("connection.refused", reason=error.strerror)
+                self._cut_oldest()
+                return
+            connection.setblocking(False)  # noqa: FBT003  as above
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            one = _Pending(connection, str(peer[0]), time.monotonic(), bytearray())
+            self._pending[one] = None
+            self._selector.register(connection, selectors.EVENT_READ, one)
+            if len(self._pending) > self.max_pending:
+                self._cut_oldest()
+
+    def _cut_oldest(self) -> None:
+        """Make room: whoever has waited longest without asking goes first."""
+        oldest = next(iter(self._pending), None)
+        if oldest is not None:
+            log.warning("connection.cut", reason="too-many-connections", address=oldest.address)
+            self._forget(oldest)
+
+    def _sweep(self, now: float) -> None:
+        for one in list(self._pending):
+            if now - one.since <= self._stall_s:
+                return
+            if not one.closing:
+                log.info("connection.ended", reason="no association was asked for", address=one.address)
+            self._forget(one)
+
+    def _heard(self, one: _Pending) -> None:
+        if one not in self._pending:
+            return  # cut to make room since the selector spoke of it
+        try:
+            data = one.connection.recv(_READ if one.closing else self._wanted(one))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._forget(one)
+        elif not one.closing and not one.waiting:
+            one.data += data
+            try:
+                if self._wanted(one) == 0:
+                    self._asked(one, bytes(one.data[_HEADER:]))
+            except PduError as error:
+                self._refuse(one, pdu.abort(error.reason), MALFORMED, str(error))
+
+    def _wanted(self, one: _Pending) -> int:
+        """Tell how many bytes of the request are missing; never more is read, for what follows is the worker's."""
+        if len(one.data) < _HEADER:
+            return _HEADER - len(one.data)
+        kind, length = pdu.HEADER.unpack_from(one.data)
+        if kind != pdu.ASSOCIATE_RQ:
+            known = pdu.ASSOCIATE_RQ <= kind <= pdu.ABORT
+            raise PduError(pdu.UNEXPECTED_PDU if known else pdu.UNRECOGNISED_PDU, f"PDU type {kind} at first")
+        if length > pdu.MAX_ASSOCIATE_BYTES:
+            raise PduError(pdu.INVALID_PARAMETER, "an association request of more than 128 KiB")
+        return int(_HEADER + length - len(one.data))
+
+    def _asked(self, one: _Pending, body: bytes) -> None:
+        request = pdu.parse_request(body)
+        if 0 < request.max_length < pdu.SMALLEST_MAX_LENGTH:
+            raise PduError(pdu.INVALID_PARAMETER, "a maximum length that no PDV fits into")
+        if not request.version & 1:
+            self._reject(one, request, Rejection(check=MALFORMED, result=1, source=2, reason=2))
+        elif request.application_context != pdu.APPLICATION_CONTEXT:
+            self._reject(one, request, Rejection(check=MALFORMED, result=1, source=1, reason=2))
+        elif self._access.may_wait(request.calling):
+            self._resolve(one, request)
+        else:
+            self._decide(one, request, self._check(request, one.address))
+
+    def _check(self, request: pdu.Request, address: str) -> Admission | Rejection:
+        try:
+            return self._access.check(request.calling, request.called, address)
+        except Exception:  # whatever we got wrong, nobody comes in by it
+            log.exception("association.failed", address=address)
+            return OUR_FAULT
+
+    def _resolve(self, one: _Pending, request: pdu.Request) -> None:
+        """Check by host name, which may wait for a name server: beside the loop."""
+        if self._resolvers is None:
+            self._resolvers = ThreadPoolExecutor(_RESOLVERS, thread_name_prefix="resolver")
+        one.waiting = True
+        self._selector.unregister(one.connection)
+        self._resolving[self._resolvers.submit(self._check, request, one.address)] = one, request
+
+    def _take_resolved(self) -> None:
+        for future in [one for one in self._resolving if one.done()]:
+            one, request = self._resolving.pop(future)
+            if one in self._pending:
+                one.waiting = False
+                self._selector.register(one.connection, selectors.EVENT_READ, one)
+                self._decide(one, request, future.result())
+
+    def _decide(self, one: _Pending, request: pdu.Request, checked: Admission | Rejection) -> None:
+        """Let in or turn away, in the order of the registry specification, 4.1."""
+        if isinstance(checked, Admission):
+            refusal = self._refusal(request, one.address, checked)
+            if refusal is None:
+                self._hand_over(one, request, checked)
+                return
+            checked = refusal
+        self._reject(one, request, checked)
+
+    def _refusal(self, request: pdu.Request, address: str, admission: Admission) -> Rejection | None:
+        if self._board.draining:
+            return NOT_READY
+        if not any(one.ready for one in self._board.slots):
+            return NOT_READY
+        most = self._config.max_associations
+        if not admission.known:
+            most -= max(1, int(most * _RESERVED))
+        if self._board.associations >= most or self._has_its_share(address):
+            return TOO_MANY
+        storage = any(is_storage(one.abstract_syntax) for one in request.contexts)
+        return NO_SPACE if storage and not self._space.available() else None
+
+    def _has_its_share(self, address: str) -> bool:
+        """Tell whether an address has as many associations as one may have."""
+        most = self._config.max_associations_per_address
+        if most is None:
+            return False
+        for worker, slot in enumerate(self._board.slots):
+            if slot.restarts != self._restarts[worker]:
+                # What a dead worker had has ended, and it can no longer say so.
+                self._restarts[worker] = slot.restarts
+                self._addresses[worker].clear()
+        return sum(Counter(held.values())[address] for held in self._addresses) >= most
+
+    def _hand_over(self, one: _Pending, request: pdu.Request, admission: Admission) -> None:
+        slots = list(self._board.slots)
+        ready = [at for at in range(len(slots)) if slots[at].ready]
+        order = sorted(ready, key=lambda at: (slots[at].taken >= RECYCLE_AFTER, slots[at].open))
+        for at in order:
+            number = slots[at].handed + 1
+            handover = Handover(
+                number=number, admission=admission, address=one.address, request=bytes(one.data[_HEADER:])
+            )
+            try:
+                socket.send_fds(self._channels[at], [handover.encode()], [one.connection.fileno()])
+            except OSError:
+                continue
+            slots[at].hand()
+            self._addresses[at][number] = one.address
+            self._forget(one)
+            return
+        self._reject(one, request, TOO_MANY)
+
+    def _reject(self, one: _Pending, request: pdu.Request, rejection: Rejection) -> None:
+        who = {"calling_ae": request.calling, "called_ae": request.called, "address": one.address}
+        log.warning("association.rejected", check=rejection.check, **who)
+        said = f"{rejection.check}: {request.calling} at {one.address} to {request.called}"
+        answer = pdu.reject(rejection.result, rejection.source, rejection.reason)
+        self._answer(one, answer, rejection.check, said)
+
+    def _refuse(self, one: _Pending, answer: bytes, check: str, reason: str) -> None:
+        log.warning("connection.refused", reason=reason, address=one.address)
+        self._answer(one, answer, check, f"{reason}: {one.address}")
+
+    def _answer(self, one: _Pending, answer: bytes, check: str, said: str) -> None:
+        """Answer, and wait for the peer to close (ARTIM, PS3.8 9.1.5)."""
+        self._board.refused(check, said)
+        one.closing = True
+        one.since = time.monotonic()
+        self._pending.pop(one)
+        self._pending[one] = None  # to the end: it is the newest
+        try:
+            one.connection.send(answer)
+            one.connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._forget(one)
+
+    def _forget(self, one: _Pending) -> None:
+        del self._pending[one]
+        if not one.waiting:
+            self._selector.unregister(one.connection)
+        one.connection.close()

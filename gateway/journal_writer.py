@@ -1,0 +1,193 @@
+"""Writing a log of the journal: one process, any number of its threads, each success backed by a sync.
+
+`append` returns when the record, and the data set in it, are synced. A record whose write or sync failed is written
+once more into a new segment: a failed sync is never repeated. A writer begins with a new segment and says in its first
+record where the ones before end, so that what a crash left behind the end is never read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import threading
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from clarion.adapters.files import make_folder, sync_folder
+from clarion.adapters.objects import segment_path
+from clarion.digests import agrees
+from clarion.errors import ResourceBusyError, StoreUnavailableError
+from gateway import journal
+from gateway.journal import Position
+from gateway.segments import SEGMENT_BYTES, ReadyFiles, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+    from pathlib import Path
+
+    from typing_extensions import Buffer
+
+    from clarion.ports import Clock
+
+log = structlog.get_logger()
+
+
+class JournalWriter:
+    """The one writer of a log; any number of its process's threads may append.
+
+    `has_room` is asked before a file is prepared for later; `on_commit` is called after the committed end has moved.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clock: Clock,
+        has_room: Callable[[int], bool] = lambda _: True,
+        on_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder = make_folder(folder)
+        self._clock = clock
+        self._on_commit = on_commit
+        self._writing = threading.Lock()
+        self._lock_file = (folder / "writer.lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock_file.close()
+            raise ResourceBusyError(f"another process writes the journal in {folder}") from error
+        self._end = _CommittedEnd(folder)
+        self._ready = ReadyFiles(folder, has_room)
+        self._number = max(journal.segments(folder), default=0)
+        self._sequence = 0
+        self._ends, self._torn = recover(folder)
+        self._segment: Segment | None = None
+        with self._writing:
+            segment = self._usable(0)
+        # What a power cut left unread is committed with this, though nothing new may come for long.
+        try:
+            segment.sync(segment.size)
+        except OSError as error:
+            raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
+
+    def append(self, kind: str, fields: dict[str, Any], data: Buffer = b"") -> datetime:
+        """Write a record, `data` in it; durable on return. Gives the record's time. Raises StoreUnavailableError."""
+        body = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode()
+        if len(body) > journal.MAX_BODY_BYTES:
+            raise StoreUnavailableError(f"a journal record of {len(body)} bytes is too large")
+        try:
+            try:
+                return self._append(body, data)
+            except OSError as error:
+                log.warning("journal.again", reason=error.strerror)
+                return self._append(body, data)
+        except OSError as error:
+            raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Sync and let go."""
+        with self._writing:
+            if self._segment is not None:
+                self._segment.retire()
+            self._segment = None
+            self._lock_file.close()
+            self._end.close()
+
+    def _append(self, body: bytes, data: Buffer) -> datetime:
+        with self._writing:
+            segment = self._usable(len(body) + len(data))  # type: ignore[arg-type]  # bytes or a bytearray
+            now = self._clock.now()
+            end = self._write(segment, now, body, data)
+        segment.sync(end)
+        self._on_commit()
+        self._ready.keep(end)
+        return now
+
+    def _write(self, segment: Segment, now: datetime, body: bytes, data: Buffer) -> int:
+        self._sequence += 1
+        place = Position(segment.number, segment.size)
+        head = journal.encode(place, self._sequence, now, body, len(data))  # type: ignore[arg-type]  # as above
+        return segment.write((head, body, data) if data else (head, body))
+
+    def _usable(self, size: int) -> Segment:
+        """Give the segment to append to: the present one, or a new one when it is broken or full."""
+        segment = self._segment
+        if segment is not None and not segment.broken and segment.size + size <= SEGMENT_BYTES:
+            return segment
+        if segment is not None:
+            if segment.broken:
+                log.error("journal.segmentabandoned", segment=segment.number)
+            self._segment = None
+            segment.retire()
+            self._ends[segment.number] = segment.synced
+        # A number is used once, also when its file could not be made durable.
+        self._number += 1
+        opened = Segment(self._folder, self._number, self._ready.take(), self._synced)
+        said = {"ends": self._ends, "torn": self._torn}
+        body = json.dumps({"kind": journal.OPENED, **said}, separators=(",", ":")).encode()
+        self._segment = opened
+        self._write(opened, self._clock.now(), body, b"")
+        return opened
+
+    def _synced(self, number: int, offset: int) -> None:
+        """Publish the committed end. Once a segment's first record is synced, what it announces need not be again."""
+        self._end.publish(Position(number, offset))
+        if not self._ends:
+            return
+        for announced in [one for one in self._ends if one < number]:
+            del self._ends[announced]
+            self._torn.pop(announced, None)
+
+
+class _CommittedEnd:
+    """One number in a mapped file: readers see it at once, and a store is all that it costs."""
+
+    def __init__(self, folder: Path) -> None:
+        path = journal.committed_path(folder)
+        if not path.exists() or path.stat().st_size != mmap.PAGESIZE:
+            path.write_bytes(bytes(mmap.PAGESIZE))
+            sync_folder(folder)
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        self._number = memoryview(self._map).cast("Q")
+
+    def publish(self, end: Position) -> None:
+        self._number[0] = journal.pack_end(end)
+
+    def close(self) -> None:
+        self._number.release()
+        self._map.close()
+
+
+def recover(folder: Path) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Find the ends of the segments that nobody has announced, and the torn records in them; sync what is whole.
+
+    Only what a crash left open is read: the last segment, seldom another.
+    """
+    numbers = journal.segments(folder)
+    openings = {number: journal.opening(folder, number) for number in numbers}
+    announced = {int(one) for opened in openings.values() if opened is not None for one in opened["ends"]}
+    ends: dict[int, int] = {}
+    torn: dict[int, list[int]] = {}
+    for number in numbers:
+        if number not in announced:
+            ends[number], torn[number] = _recover_one(folder, number)
+    return ends, torn
+
+
+def _recover_one(folder: Path, number: int) -> tuple[int, list[int]]:
+    """Find the end of the last whole record, and the offsets of those before it whose data set is not whole."""
+    end, torn = 0, []
+    size = segment_path(folder, number).stat().st_size
+    with journal.SegmentFile(folder, number) as file:
+        for entry in file.whole(0, size):
+            if entry.head and not agrees(file.data(entry), entry.fields["object"]["digest"]):
+                torn.append(entry.begin)
+            else:
+                end = entry.after.offset
+        file.sync()
+    if end < size:
+        log.info("journal.recovered", log=folder.name, segment=number, end=end)
+    return end, [one for one in torn if one < end]

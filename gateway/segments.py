@@ -1,0 +1,206 @@
+"""The segment being written: a shared sync, and files kept ready so that a sync has neither size nor blocks to record.
+
+Group commit: the first thread that waits finds no sync under way and syncs for all that have written; those who come
+meanwhile wait for the next. Nobody is delayed to collect more, and each is woken by a lock of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import uuid
+from typing import TYPE_CHECKING
+
+import structlog
+
+from clarion.adapters.files import sync_folder
+from clarion.adapters.objects import segment_path
+from clarion.crashpoints import effect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from typing_extensions import Buffer
+
+log = structlog.get_logger()
+
+SEGMENT_BYTES = 64 * 2**20
+READY = "ready-"
+"""How the name of a file begins whose blocks are written and that waits to be a segment."""
+FREED = "freed-"
+"""How the name of a segment begins that nothing is wanted of any more."""
+_READY_FILES = 2
+# Below this use of a segment nothing is prepared: a small site needs no files that wait for a load it never has.
+_PREPARE_FROM = SEGMENT_BYTES // 4
+_ZEROS = bytes(2**20)
+_MOST_PARTS = 1000
+
+
+class Segment:
+    """The file being appended to: `write` is called under the writer's lock, `sync` by any thread.
+
+    A write or sync that fails breaks the segment: nobody appends behind torn bytes, and nobody syncs again what the
+    kernel has already reported as lost. `on_synced` is told how far the segment is synced, in order.
+    """
+
+    def __init__(self, folder: Path, number: int, ready: Path | None, on_synced: Callable[[int, int], None]) -> None:
+        self.number = number
+        self.size = 0
+        self.synced = 0
+        self.broken = False
+        self._on_synced = on_synced
+        self._mutex = threading.Lock()
+        self._leading = False
+        self._waiting: list[tuple[int, threading.Lock]] = []
+        path = segment_path(folder, number)
+        with effect("journal.rotate"):
+            if ready is not None:
+                ready.rename(path)
+            self._file = os.open(path, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if ready is None else 0), 0o600)
+            try:
+                sync_folder(folder)
+            except OSError:
+                os.close(self._file)
+                raise
+
+    def write(self, parts: Sequence[Buffer]) -> int:
+        """Append the parts as one record; give the offset to sync up to."""
+        offset, wanted = self.size, sum(map(len, parts))  # type: ignore[arg-type]  # bytes and bytearrays
+        try:
+            with effect("journal.write"):
+                done = os.pwritev(self._file, parts[:_MOST_PARTS], offset)
+                if done < wanted:
+                    self._write_rest(b"".join(parts), offset, done)
+        except OSError:
+            self.broken = True
+            raise
+        self.size = offset + wanted
+        return self.size
+
+    def _write_rest(self, whole: bytes, offset: int, done: int) -> None:
+        rest = memoryview(whole)
+        while done < len(rest):
+            done += os.pwrite(self._file, rest[done:], offset + done)
+
+    def sync(self, end: int) -> None:
+        """Return when everything up to `end` is durable; raises OSError when it cannot be."""
+        while not self._is_done(end):
+            gate = self._wait_or_lead(end)
+            if gate is None:
+                self._lead()
+            else:
+                gate.acquire()
+
+    def _is_done(self, end: int) -> bool:
+        if self.synced >= end:
+            return True
+        if self.broken:
+            raise OSError(errno.EIO, "the segment was given up")
+        return False
+
+    def _wait_or_lead(self, end: int) -> threading.Lock | None:
+        """Give the lock to wait on, or None when the caller is to sync."""
+        with self._mutex:
+            if self.synced >= end or self.broken:
+                gate = threading.Lock()
+            elif self._leading:
+                gate = threading.Lock()
+                gate.acquire()
+                self._waiting.append((end, gate))
+            else:
+                self._leading = True
+                return None
+        return gate
+
+    def _lead(self) -> None:
+        mark = self.size
+        try:
+            with effect("journal.sync"):
+                os.fdatasync(self._file)
+        except OSError:
+            self.broken = True
+            mark = self.synced
+        self._let_go(mark)
+
+    def _let_go(self, mark: int) -> None:
+        """Note what was synced; wake whose bytes it covers, and one of the others to lead the next."""
+        with self._mutex:
+            if mark > self.synced:
+                self.synced = mark
+                self._on_synced(self.number, mark)
+            self._leading = False
+            rest = [] if self.broken else [one for one in self._waiting if one[0] > mark]
+            woken = self._waiting if self.broken else [one for one in self._waiting if one[0] <= mark]
+            self._waiting = rest[1:]
+            woken = [*woken, *rest[:1]]
+        for _, gate in woken:
+            gate.release()
+
+    def retire(self) -> None:
+        """Sync what is whole and close; whoever waits for a record that could not be synced is told so."""
+        with contextlib.suppress(OSError):
+            self.sync(self.size)
+        self.broken = True
+        while True:
+            with self._mutex:
+                if not self._leading:
+                    break
+                gate = threading.Lock()
+                gate.acquire()
+                self._waiting.append((0, gate))
+            gate.acquire()
+        self._let_go(self.synced)
+        os.close(self._file)
+
+
+class ReadyFiles:
+    """Keeps files of a segment's size ready, their blocks written, by a thread that runs while the log is busy."""
+
+    def __init__(self, folder: Path, has_room: Callable[[int], bool]) -> None:
+        self._folder = folder
+        self._has_room = has_room
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ready = sorted(folder.glob(f"{READY}*"))
+        for path in folder.glob("making-*"):
+            path.unlink()
+
+    def take(self) -> Path | None:
+        """Give a file that is ready; None if there is none."""
+        with self._lock:
+            return self._ready.pop() if self._ready else None
+
+    def keep(self, used: int) -> None:
+        """See to it that files are ready, once so much of the present segment is used. Never waits."""
+        if used < _PREPARE_FROM or len(self._ready) >= _READY_FILES:
+            return
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._make, name="segments", daemon=True)
+            self._thread.start()
+
+    def _make(self) -> None:
+        while len(self._ready) < _READY_FILES and self._has_room(SEGMENT_BYTES):
+            name = uuid.uuid4().hex
+            freed = next(self._folder.glob(f"{FREED}*"), None)
+            making = self._folder / f"making-{name}"
+            try:
+                with effect("journal.prepare"):
+                    if freed is None:
+                        _write_zeros(making)
+                    ready = (freed or making).rename(self._folder / f"{READY}{name}")
+            except OSError as error:
+                log.warning("journal.notprepared", reason=error.strerror)
+                making.unlink(missing_ok=True)
+                return
+            with self._lock:
+                self._ready.append(ready)
+
+
+def _write_zeros(path: Path) -> None:
+    with path.open("xb", buffering=0) as file:
+        for _ in range(SEGMENT_BYTES // len(_ZEROS)):
+            file.write(_ZEROS)
+        os.fsync(file.fileno())
