@@ -1,8 +1,7 @@
-"""Receiving against DCMTK: Clarion's durable SCP beside `storescp`, which syncs nothing; both sent to by `storescu`.
+"""Receiving, whole gateway, against DCMTK made to sync, DCMTK at its best and Orthanc: interleaved rounds of ratios.
 
-Interleaved rounds on loopback, each with data and folders of its own; printed are the ratios within each round and
-their median. The classes differ: Clarion answers after data set and journal are synced (D), storescp after writing to
-the page cache (N). A ratio says only that much. `make bench ARGS="--rounds 7 --slices 60"`.
+Each run has a fresh store; the order of the receivers is shuffled within a round. After a run every data set is read
+back and compared byte for byte with what was sent. `make bench ARGS="--rounds 9 --conc 1 4 --sets ct small"`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -17,65 +18,167 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
-from support.dcmtk import ENVIRONMENT, storescu, tool  # noqa: E402
-from support.processes import wait_for_port  # noqa: E402
-from support.system import describe, running  # noqa: E402
-from support.world import free_port, make_series  # noqa: E402
+import load  # noqa: E402
+from data import frames, uid_of  # noqa: E402
+from receivers import Receiver, start  # noqa: E402
 
-from clarion.testing.phantom import PhantomSpec  # noqa: E402
-
-
-def timed(files: list[Path], port: int) -> float:
-    """Send the files and give the seconds that it took; a refusal is not a result."""
-    begun = time.perf_counter()
-    acknowledged = storescu(files, port)
-    seconds = time.perf_counter() - begun
-    if len(acknowledged) != len(files):
-        raise SystemExit(f"{len(acknowledged)} of {len(files)} acknowledged: not a result")
-    return seconds
+# Instances per run, over all associations: long enough to count, short enough to repeat.
+_COUNTS = {"ct": 600, "small": 4000, "tiny": 8000, "big": 2}
+_TOO_SHORT_S = 1.0
 
 
 def main() -> None:
-    """Print the ratio of every round, and their median as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slices", type=int, default=40)
-    options = parser.parse_args()
-    ratios = []
+    """Run the cells, write every run as a line, print ratios."""
+    options = _options()
+    rng = random.Random(options.seed)
+    runs: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clarion-bench-")))
-        titles = [{"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct", "timeout": 36000}}]
-        system = stack.enter_context(running(describe(root / "clarion", ae_titles=titles)))
-        port = free_port()
-        peer = subprocess.Popen(
-            [tool("storescp"), "--fork", "+B", "+xa", "-pdu", "131072", "-od", str(root), str(port)],
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-        )
-        stack.callback(peer.kill)
-        wait_for_port(port, peer)
+        work = _work(options, stack)
         for number in range(options.rounds):
-            spec = PhantomSpec(slices=options.slices, seed=1000 + number)
-            files = make_series(root / f"series{number}", spec)
-            pair = [("clarion", system.scp), ("storescp", port)]
-            took = {name: timed(files, where) for name, where in (pair if number % 2 else pair[::-1])}
-            ratios.append(took["storescp"] / took["clarion"])
-            print(f"round {number + 1}: {ratios[-1]:.2f} of storescp's rate", file=sys.stderr)
-    print(
-        json.dumps(
-            {
-                "what": "C-STORE rate of one association, 525 kB CT, Clarion (D) / storescp (N)",
-                "rounds": options.rounds,
-                "median": round(statistics.median(ratios), 3),
-                "ratios": [round(one, 3) for one in ratios],
-                "cores": os.cpu_count(),
-            }
+            for kind in options.sets:
+                for conc in options.conc:
+                    order = list(options.recv)
+                    rng.shuffle(order)
+                    for name in order:
+                        place = work / f"{number}-{kind}-{conc}-{name}"
+                        run = {**_run(name, place, kind, conc, options), "round": number}
+                        runs.append(run)
+                        print(json.dumps(_short(run)), file=sys.stderr)
+                        if options.out:
+                            with options.out.open("a") as file:
+                                file.write(json.dumps({**run, **_machine(work)}) + "\n")
+    print(json.dumps(report(runs), indent=1))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recv", nargs="+", default=["clarion", "dcmtk-sync", "dcmtk-best", "orthanc"])
+    parser.add_argument("--sets", nargs="+", default=["ct", "small"], choices=sorted(_COUNTS))
+    parser.add_argument("--conc", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="instances per run, relative to the usual")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="a folder on the file system to be measured")
+    parser.add_argument("--loop", action="store_true", help="make an ext4 with a journal in a file and mount it (root)")
+    parser.add_argument("--out", type=Path, help="append every run as a line of JSON")
+    return parser.parse_args()
+
+
+def _work(options: argparse.Namespace, stack: ExitStack) -> Path:
+    """Give the folder to work in: a file system with a journal, where it can be had."""
+    root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clarion-bench-", dir=options.work)))
+    if not options.loop:
+        return root
+    image, mount = root / "image", root / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(24 * 2**30)
+    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
+    stack.callback(subprocess.run, ["umount", "-l", str(mount)], check=False)
+    return mount
+
+
+def _run(name: str, root: Path, kind: str, conc: int, options: argparse.Namespace) -> dict[str, Any]:
+    count = max(conc, int(_COUNTS[kind] * options.scale * (2 if conc >= 4 and kind != "ct" else 1)))
+    each = [count // conc] * conc
+    foreign = _foreign_cpu()
+    with ExitStack() as stack:
+        receiver = start(name, root, stack)
+        warm = sum(each) // 10 // conc * conc or conc
+        load.run(receiver.port, receiver.called, kind, [warm // conc] * conc, first=0)
+        receiver.settle(warm)
+        cpu, begun = receiver.cpu(), time.monotonic()
+        loads = load.run(receiver.port, receiver.called, kind, each, first=warm)
+        receiver.settle(warm + sum(each))
+        spent = receiver.cpu() - cpu
+        seconds = max(one.ended for one in loads) - min(one.begun for one in loads)
+        latencies = sorted(one for each_load in loads for one in each_load.latencies)
+        wrong = _compare(receiver, kind, [warm // conc] * conc, 0) + _compare(receiver, kind, each, warm)
+        memory = receiver.memory()
+    ours = spent + sum(one.cpu for one in loads)
+    elapsed = time.monotonic() - begun
+    return {
+        "receiver": name, "class": receiver.label, "set": kind, "conc": conc, "instances": sum(each),
+        "seconds": seconds, "rate": sum(each) / seconds, "cpu_ms": 1000 * spent / sum(each),
+        "p50_ms": 1000 * latencies[len(latencies) // 2], "p99_ms": 1000 * latencies[len(latencies) * 99 // 100],
+        "failed": sum(one.failed for one in loads), "wrong": wrong, "sender_cpu_s": sum(one.cpu for one in loads),
+        "memory_mb": memory / 2**20, "too_short": seconds < _TOO_SHORT_S,
+        "busy": round((_foreign_cpu() - foreign - ours) / max(0.001, elapsed) / (os.cpu_count() or 1), 2),
+    }  # fmt: skip
+
+
+def _compare(receiver: Receiver, kind: str, each: list[int], first: int) -> int:
+    """Give how many instances are not stored as they were sent."""
+    if receiver.read_back is None:
+        return 0
+    kept = receiver.read_back()
+    wrong = 0
+    for series, count in enumerate(each):
+        made = frames(kind, series)
+        for number in range(first, first + count):
+            wrong += kept.get(uid_of(number)) != made[number % len(made)].expected(number)
+        first += count
+    return wrong
+
+
+def _foreign_cpu() -> float:
+    fields = [int(one) for one in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _short(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 2) if isinstance(value, float) else value for key, value in run.items()}
+
+
+def _machine(work: Path) -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    model = next((one for one in Path("/proc/cpuinfo").read_text().splitlines() if one.startswith("model name")), "")
+    return {
+        "commit": git.stdout.strip(), "cpu": model.partition(":")[2].strip(), "cores": os.cpu_count(),
+        "kernel": platform.release(), "python": platform.python_version(), "command": sys.argv, "work": str(work),
+    }  # fmt: skip
+
+
+def valid(run: dict[str, Any]) -> bool:
+    """Tell whether a run counts."""
+    return not run["failed"] and not run["wrong"] and not run["too_short"]
+
+
+def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give medians of the ratios within rounds, of ours to each peer, and how many runs were invalid."""
+    cells: dict[str, Any] = {}
+    peers = sorted({one["receiver"] for one in runs} - {"clarion"})
+    for kind, conc in sorted({(one["set"], one["conc"]) for one in runs}):
+        here = [one for one in runs if (one["set"], one["conc"]) == (kind, conc)]
+        for peer in peers:
+            cells[f"{kind} {conc} / {peer}"] = _ratios(here, peer)
+    return {"cells": cells, "invalid": sum(not valid(one) for one in runs), "runs": len(runs)}
+
+
+def _ratios(runs: list[dict[str, Any]], peer: str) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    for number in sorted({one["round"] for one in runs}):
+        ours, theirs = (
+            next((one for one in runs if one["round"] == number and one["receiver"] == name and valid(one)), None)
+            for name in ("clarion", peer)
         )
-    )
+        if ours is None or theirs is None:
+            continue
+        for key, ratio in (
+            ("rate", ours["rate"] / theirs["rate"]),
+            ("cpu", ours["cpu_ms"] / theirs["cpu_ms"]),
+            ("p50", ours["p50_ms"] / theirs["p50_ms"]),
+            ("p99", ours["p99_ms"] / theirs["p99_ms"]),
+        ):
+            found.setdefault(key, []).append(ratio)
+    return {key: {"median": round(statistics.median(all_), 2), "all": [round(one, 2) for one in sorted(all_)]}
+            for key, all_ in found.items()}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 EFFECTS = (
     "store.write",
@@ -97,9 +97,25 @@ def reach(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@contextmanager
-def effect(name: str) -> Iterator[None]:
+class _Effect:
+    """A block with a crash point on either side; the one behind it is not passed by a block that raises."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        reach(f"before:{self._name}")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            reach(f"after:{self._name}")
+
+
+_UNARMED = nullcontext()
+
+
+def effect(name: str) -> AbstractContextManager[None]:
     """Mark the block as the effect `name`, with a crash point on either side of it."""
-    reach(f"before:{name}")
-    yield
-    reach(f"after:{name}")
+    return _UNARMED if _armed is None else _Effect(name)

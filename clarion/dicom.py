@@ -30,7 +30,10 @@ IMPLEMENTATION_VERSION_NAME = "CLARION_0_1"
 # Values longer than this are not header text that a rule decides by.
 MAX_ATTRIBUTE_BYTES = 256
 _PIXEL_GROUP = 0x7FE0
+_ESCAPE = b"\x1b"
 _CHARACTER_SET = 0x00080005
+# As pydicom names them; what nearly every data set has.
+_COMMON = {b"": "iso8859", b"ISO_IR 100": "latin_1", b"ISO_IR 192": "UTF8"}
 _ENCODED_TEXT = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
 _PLAIN_TEXT = frozenset(("AE", "AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI", "UR"))
 _NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
@@ -123,12 +126,17 @@ def _read_attributes(data: bytes, size: int, transfer_syntax_uid: str, attribute
 
 def decode_text(raw: bytes, encodings: list[str]) -> str:
     """Decode text of a VR that Specific Character Set applies to (PS3.5 6.1.2.3), without padding."""
+    # ASCII is what it says in every repertoire but JIS X 0201, unless an escape says otherwise.
+    if raw.isascii() and _ESCAPE not in raw and "shift_jis" not in encodings:
+        return raw.decode("ascii").strip(" \0")
     text = pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def encodings_of(raw: bytes) -> list[str]:
     """Give the codecs of Specific Character Set; a term that PS3.3 C.12.1.1.2 does not define counts as absent."""
+    if raw.strip(b" \0") in _COMMON:
+        return [_COMMON[raw.strip(b" \0")]]
     terms = [one.strip(" ") for one in raw.decode("latin-1").strip(" \0").split("\\")]
     if not all(term in pydicom.charset.python_encoding for term in terms):
         return ["iso8859"]

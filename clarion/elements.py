@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from clarion.errors import InvalidInstanceError
 
@@ -39,10 +38,12 @@ SHORT_VRS = frozenset(
     (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS")
     + (b"ST", b"TM", b"UI", b"UL", b"US")
 )
+_NAMES = {vr: vr.decode() for vr in SHORT_VRS}
+_SHORT_HEAD = struct.Struct("<HH2sH").unpack_from
+_DELIMITERS = 0xFFFE
 
 
-@dataclass(frozen=True, slots=True)
-class Element:
+class Element(NamedTuple):
     """One top-level element: its value is `data[start:end]`, what follows begins at `next`."""
 
     tag: int
@@ -85,7 +86,7 @@ class Walker:
         self._data = data
         self._size = len(data) if size is None else size
         self._explicit = transfer_syntax_uid != IMPLICIT_LE
-        order = ">" if transfer_syntax_uid == EXPLICIT_BE else "<"
+        order = self._order = ">" if transfer_syntax_uid == EXPLICIT_BE else "<"
         self._tag = struct.Struct(order + "HH")
         self._u16 = struct.Struct(order + "H")
         self._u32 = struct.Struct(order + "I")
@@ -95,7 +96,7 @@ class Walker:
         """Give the top-level elements in the order of the bytes; raise InvalidInstanceError where they do not nest."""
         position, size = 0, self._size
         while position < size:
-            element = self._element(position, size, 0)
+            element = self._plain(position, size) or self._element(position, size, 0)
             yield element
             position = element.next
 
@@ -168,6 +169,17 @@ class Walker:
             return Element(tag, vr, start, end, end, undefined=False)
         end = self._end_of_undefined(start, limit, depth, tag, vr)
         return Element(tag, vr or "SQ", start, end, end + 8, undefined=True)
+
+    def _plain(self, position: int, limit: int) -> Element | None:
+        """Read the commonest element quickly: explicit little endian, a short header; None for all others."""
+        if not self._explicit or self._order != "<" or position + 8 > limit:
+            return None
+        group, number, vr, length = _SHORT_HEAD(self._data, position)
+        end = position + 8 + length
+        if vr not in SHORT_VRS or end > limit or group == _DELIMITERS or self._count >= self._max:
+            return None
+        self._count += 1
+        return Element(group << 16 | number, _NAMES[vr], position + 8, end, end, False)  # noqa: FBT003  a tuple
 
     def _count_one(self, depth: int) -> None:
         self._count += 1

@@ -20,11 +20,16 @@ from console.logs import configure
 
 SUPERVISED_BY = "CLARION_SUPERVISED_BY"
 DRAIN_S = 30.0
+# A sender waits for intake and for nobody else: what works off what it took leaves the processors to it.
+BEHIND_INTAKE = frozenset(("grouping", "streams", "orchestrator", "delivery", "relay"))
+_NICE = 10
 """How long a stage may drain before it is killed."""
 
 
 def serve(stage: str, config: Path) -> None:
     """Run a stage until it is told to stop."""
+    if stage in BEHIND_INTAKE:
+        os.nice(_NICE)
     checked = check_config(config)
     configure(checked.config.log, stage)
     folder = make_folder(checked.config.data / "run")

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import mmap
 import threading
-from typing import TYPE_CHECKING
 
 from gateway.access import REJECTIONS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 MALFORMED = "malformed-request"
 CHECKS = (*(one.check for one in REJECTIONS), MALFORMED)
@@ -37,15 +33,11 @@ class Board:
         view = memoryview(self._map)
         self._numbers = view[: numbers * 8].cast("q")
         self._text = view[numbers * 8 :]
+        self.slots = tuple(Slot(self._numbers, _WORKERS_AT + one * _NUMBERS) for one in range(workers))
 
     def slot(self, worker: int) -> Slot:
         """Give the numbers of one worker."""
-        return Slot(self._numbers, _WORKERS_AT + worker * _NUMBERS)
-
-    @property
-    def slots(self) -> Iterable[Slot]:
-        """The numbers of every worker."""
-        return (self.slot(one) for one in range(self.workers))
+        return self.slots[worker]
 
     @property
     def draining(self) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables
 from gateway.records import SOURCE, Records
 from gateway.rulings import GROUPING_FAILED, RULE_RETRY, TROUBLES, decide, removed
+from gateway.runs import Run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,9 +45,10 @@ log = structlog.get_logger()
 
 READER = "grouping"
 # A write transaction is kept short: so many records, or so long; and so long for reading objects before it.
-_BATCH = 200
+_BATCH = 500
 _BATCH_S = 0.05
 _PREPARE_S = 0.25
+_LOOK_AT_CLOCK = 16
 # An object that cannot be read so often, and for so long, is set aside.
 _STORE_TRIES = 5
 _STORE_PATIENCE_S = 30.0
@@ -89,6 +93,7 @@ class Grouping:
         self._registry = registry
         self._records = Records(registry)
         self._taken = 0
+        self._committed = 0.0
         self._backlog = _Backlog()
         # Where an object could not be read, how often, and since when.
         self._unreadable: tuple[journal.Position, int, float] | None = None
@@ -96,6 +101,7 @@ class Grouping:
 
     def step(self) -> bool:
         """Take a batch of records, or close one group that is due; tell whether there may be more."""
+        self._gather()
         now = self._clock.now()
         entries = self._read()
         if not entries and self._doorbell is not None:
@@ -106,22 +112,67 @@ class Grouping:
         self._backlog = _Backlog(len(entries), oldest, len(entries) == _BATCH)
         if not entries:
             return self._judge_waiting(now)
-        prepared = self._prepare(entries)
-        until, taken = self._clock.monotonic() + _BATCH_S, 0
+        known = self._known(entries)
+        prepared = self._prepare(entries, known)
         moved: dict[str, journal.Position] = {}
         with effect("grouping.commit"), self._database.transaction() as connection:
-            for one in prepared:
-                if not self._judge_all(connection, one.entry.time, until):
-                    break
-                self._take_or_set_aside(connection, one)
-                moved[one.entry.log] = one.entry.after
-                taken += 1
-                if self._clock.monotonic() > until:
-                    break
+            taken = self._take_all(connection, prepared, {uid for uid, _ in known}, moved)
             self._keep_positions(connection, moved)
+        if taken < _BATCH // 2:
+            self._committed = time.monotonic()
         self._taken += taken
         self._backlog.records -= taken
         return True
+
+    def _gather(self) -> None:
+        """Let records come together, so that there are at most twenty transactions a second while many arrive.
+
+        A group is judged by the times in the journal, not by when it is looked at.
+        """
+        if self._doorbell is not None:
+            threading.Event().wait(max(0.0, self._committed + _BATCH_S - time.monotonic()))
+
+    def _take_all(
+        self, connection: sa.Connection, prepared: list[_Prepared], known: set[str], moved: dict[str, journal.Position]
+    ) -> int:
+        """Take records, in bulk where that is possible, until the time is over; give how many."""
+        until, at, in_bulk = self._clock.monotonic() + _BATCH_S, 0, True
+        while at < len(prepared) and not (at and self._clock.monotonic() > until):
+            ran = self._run(connection, prepared[at:], known, until) if in_bulk else 0
+            in_bulk = ran is not None
+            for one in prepared[at : at + (ran or 0)]:
+                moved[one.entry.log] = one.entry.after
+            at += ran or 0
+            if at == len(prepared) or (at and self._clock.monotonic() > until):
+                break
+            one = prepared[at]
+            if not self._judge_all(connection, one.entry.time, until):
+                break
+            self._take_or_set_aside(connection, one)
+            known.add(str(one.entry.fields.get("sop_instance_uid")))
+            moved[one.entry.log] = one.entry.after
+            at += 1
+        return at
+
+    def _run(self, connection: sa.Connection, prepared: list[_Prepared], known: set[str], until: float) -> int | None:
+        """Take the common case in bulk; give how many records, None when they have to be taken one by one."""
+        count = 0
+        try:
+            with connection.begin_nested():
+                run = Run(connection, self._registry, known)
+                for one in prepared:
+                    if one.fault or not run.take(one.entry, one.attributes):
+                        break
+                    count += 1
+                    if count % _LOOK_AT_CLOCK == 0 and self._clock.monotonic() > until:
+                        break
+                run.flush()
+        except Exception as error:
+            if isinstance(error, DBAPIError) and may_pass(error):
+                raise
+            log.error("run.failed", error=describe(error), then="its records are taken one by one")  # noqa: TRY400
+            return None
+        return count
 
     def facts(self) -> dict[str, object]:
         """Say how many records this process has taken, and how many wait in the journal since when."""
@@ -158,9 +209,8 @@ class Grouping:
 
     # Records ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self, entries: list[journal.Entry]) -> list[_Prepared]:
+    def _prepare(self, entries: list[journal.Entry], known: set[tuple[str, str]]) -> list[_Prepared]:
         """Read the headers that the batch needs; stops where the time is over, or an object is worth waiting for."""
-        known = self._known(entries)
         prepared: list[_Prepared] = []
         until = self._clock.monotonic() + _PREPARE_S
         for entry in entries:

@@ -193,7 +193,7 @@ class Reception:
 
     def _judge(self, seen: Scan) -> Answer:
         study_uid = seen.study_uid if is_uid(seen.study_uid) else UNKNOWN_STUDY
-        described = {**asdict(self._arrival), "study_uid": study_uid}
+        described: dict[str, object] = {**self._described(), "study_uid": study_uid}
         if self._ignored:
             self._intake.journal.append("ignored", {**described, "reason": "sop-class-ignored"})
             return Answer(status=SUCCESS, study_uid=study_uid)
@@ -206,6 +206,17 @@ class Reception:
         described["series_uid"] = seen.series_uid
         self._keep("stored", described if seen.checked else {**described, "unchecked": True})
         return Answer(status=SUCCESS, study_uid=study_uid)
+
+    def _described(self) -> dict[str, object]:
+        arrival = self._arrival
+        return {
+            "sop_class_uid": arrival.sop_class_uid,
+            "sop_instance_uid": arrival.sop_instance_uid,
+            "transfer_syntax_uid": arrival.transfer_syntax_uid,
+            "calling_ae": arrival.calling_ae,
+            "called_ae": arrival.called_ae,
+            "association": arrival.association,
+        }
 
     def _keep(self, kind: str, fields: dict[str, object]) -> None:
         """Make the data set and its record durable: in one, or the file before the record."""

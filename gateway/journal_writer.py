@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
 
 class JournalWriter:
     """The one writer of a log; any number of its process's threads may append.
@@ -74,7 +76,7 @@ class JournalWriter:
 
     def append(self, kind: str, fields: dict[str, Any], data: Buffer = b"") -> datetime:
         """Write a record, `data` in it; durable on return. Gives the record's time. Raises StoreUnavailableError."""
-        body = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode()
+        body = _encode({"kind": kind, **fields}).encode()
         if len(body) > journal.MAX_BODY_BYTES:
             raise StoreUnavailableError(f"a journal record of {len(body)} bytes is too large")
         try:
@@ -126,7 +128,7 @@ class JournalWriter:
         self._number += 1
         opened = Segment(self._folder, self._number, self._ready.take(), self._synced)
         said = {"ends": self._ends, "torn": self._torn}
-        body = json.dumps({"kind": journal.OPENED, **said}, separators=(",", ":")).encode()
+        body = _encode({"kind": journal.OPENED, **said}).encode()
         self._segment = opened
         self._write(opened, self._clock.now(), body, b"")
         return opened

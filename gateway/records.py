@@ -107,7 +107,7 @@ class Records:
         if same is not None:
             instance = _as_sent(groups.instance_of(same), entry)
         else:
-            instance = _new_instance(entry, ref, attributes or {})
+            instance = new_instance(entry, ref, attributes or {})
         key, state, reason = key_of(self._registry.get(instance.called_ae), instance)
         if state == "quarantined":
             self.set_aside(connection, entry, reason)
@@ -119,7 +119,7 @@ class Records:
         elif same["state"] == "ignored" and state == "grouped":
             here = sa.and_(table.c.sop_instance_uid == instance.sop_instance_uid, table.c.digest == instance.digest)
             connection.execute(table.update().where(here).values(state=state, reason=""))
-            record_events(connection, [_stored_event(connection, instance)])
+            record_events(connection, [stored_event(instance, _sequence_of(connection, instance))])
         if key is not None:
             self._join(connection, instance, key)
 
@@ -189,7 +189,8 @@ class Records:
         record_events(connection, [event])
 
 
-def _new_instance(entry: journal.Entry, ref: ObjectRef, attributes: Mapping[str, str]) -> Instance:
+def new_instance(entry: journal.Entry, ref: ObjectRef, attributes: Mapping[str, str]) -> Instance:
+    """Make the value of an instance that was not known before."""
     fields = entry.fields
     return Instance(
         sop_instance_uid=SopInstanceUid(fields["sop_instance_uid"]),
@@ -219,7 +220,7 @@ def _insert(connection: sa.Connection, instance: Instance, state: str, reason: s
     if state == "ignored":
         event = _ignored_event(connection, values, instance.received, reason)
     else:
-        event = _stored_event(connection, instance)
+        event = stored_event(instance, _sequence_of(connection, instance))
     record_events(connection, [event])
 
 
@@ -232,9 +233,13 @@ def _ignored_event(connection: sa.Connection, fields: Mapping[str, Any], time: d
     )
 
 
-def _stored_event(connection: sa.Connection, instance: Instance) -> Event:
+def stored_event(instance: Instance, sequence: int) -> events.InstanceStored:
+    """Make the event of an instance that was stored; `sequence` is the study's."""
     return events.InstanceStored(
-        **_next_of_study(connection, instance.study_uid, instance.received),
+        subject=instance.study_uid,
+        sequence=sequence,
+        time=instance.received,
+        source=SOURCE,
         series_uid=instance.series_uid,
         sop_instance_uid=instance.sop_instance_uid,
         digest=instance.digest,
@@ -245,6 +250,10 @@ def _stored_event(connection: sa.Connection, instance: Instance) -> Event:
         object=instance.object,
         received=instance.received,
     )
+
+
+def _sequence_of(connection: sa.Connection, instance: Instance) -> int:
+    return int(_next_of_study(connection, instance.study_uid, instance.received)["sequence"])
 
 
 def _next_of_study(connection: sa.Connection, study_uid: str, time: datetime) -> dict[str, Any]:

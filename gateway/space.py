@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from clarion.config import IntakeConfig
+
+# Within it a disk takes less than any reserve that protects anything.
+_MEASURED_FOR_S = 0.05
 
 
 class Held(Protocol):
@@ -55,12 +59,16 @@ class Space:
         self._measure = measure
         self._lock = threading.Lock()
         self._held = held or HeldHere()
+        self._spare, self._measured = 0.0, -1.0
 
     def available(self, wanted: int = 0) -> bool:
-        """Tell whether `wanted` more bytes leave the reserve untouched."""
-        free, total = self._measure(self._data)
-        reserve = max(total * (1 - self._config.watermark_percent / 100), self._config.reserve_gb * 1e9)
-        return free - self._held.total() - wanted > reserve
+        """Tell whether `wanted` more bytes leave the reserve untouched. The disk is asked twenty times a second."""
+        now = time.monotonic()
+        if now - self._measured > _MEASURED_FOR_S:
+            free, total = self._measure(self._data)
+            reserve = max(total * (1 - self._config.watermark_percent / 100), self._config.reserve_gb * 1e9)
+            self._spare, self._measured = free - reserve, now
+        return self._spare - self._held.total() > wanted
 
     @contextmanager
     def holding(self, size: int) -> Iterator[bool]:

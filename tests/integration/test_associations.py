@@ -15,6 +15,7 @@ from support.world import make_series, pause, uid_of
 from clarion.dicom import split_part10
 
 VERIFICATION = "1.2.840.10008.1.1"
+MEASURED_ANEW_S = 0.1
 PRIVATE = "1.2.826.0.1.3680043.9.1.1"
 
 
@@ -75,6 +76,7 @@ def test_disk_short_is_transient_and_recovers_by_itself(instance: tuple[bytes, s
         with associate_closing(at, VERIFICATION) as verifying:
             assert verifying.send_c_echo().Status == 0
         free[0] = 10**9
+        pause(MEASURED_ANEW_S)
         assert store(at, instance) == 0x0000
 
 
@@ -87,8 +89,10 @@ def test_disk_that_fills_during_an_association_is_a700(instance: tuple[bytes, st
         at.requestor() as scu,
     ):
         free[0] = 10**6
+        pause(MEASURED_ANEW_S)
         assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0xA700
         free[0] = 10**9
+        pause(MEASURED_ANEW_S)
         assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0x0000
     assert [one["reason"] for one in logs if one["event"] == "instance.refused"] == ["disk space low"]
 

@@ -1,0 +1,176 @@
+"""The receivers that are compared: Clarion as users start it, DCMTK made to sync, DCMTK at its best, Orthanc.
+
+Class D answers after the bytes are on the disk, class N after they are in the page cache. A ratio across classes is
+printed only with both labels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+from support.dcmtk import ENVIRONMENT, tool
+from support.processes import start_orthanc, wait_for_port
+from support.system import describe, running
+from support.world import free_port
+
+from clarion.dicom import split_part10
+from clarion.model import ObjectRef
+from gateway import tables
+
+_TICK = os.sysconf("SC_CLK_TCK")
+SYNC_C = Path(__file__).parent / "sync_on_close.c"
+
+
+@dataclass
+class Receiver:
+    """A running receiver: where it listens, whose CPU is its, how to wait until it has done all, and to read it back."""
+
+    label: str
+    port: int
+    called: str
+    pids: Callable[[], list[int]]
+    settle: Callable[[int], None]
+    read_back: Callable[[], dict[str, bytes]] | None
+
+    def cpu(self) -> float:
+        """Give the CPU seconds of its processes, ended children included."""
+        return sum(_cpu(pid) for pid in dict.fromkeys(one for root in self.pids() for one in tree(root)))
+
+    def memory(self) -> int:
+        """Give the largest resident memory of one of its processes, in bytes."""
+        return max(_rss(pid) for root in self.pids() for pid in tree(root))
+
+
+def tree(pid: int) -> list[int]:
+    """Give a process and its living descendants."""
+    found, todo = [], [pid]
+    while todo:
+        one = todo.pop()
+        found.append(one)
+        try:
+            for task in os.listdir(f"/proc/{one}/task"):
+                todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def _cpu(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        # The process CPU clock of another process, see clock_getcpuclockid(3): nanoseconds, where stat has ticks.
+        return time.clock_gettime(~pid << 3 | 2) + (int(fields[13]) + int(fields[14])) / _TICK
+    except OSError:
+        return 0.0
+
+
+def _rss(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def start(name: str, root: Path, stack: ExitStack, *, max_associations: int = 100) -> Receiver:
+    """Start a receiver on a fresh store."""
+    root.mkdir(parents=True)
+    if name == "clarion":
+        return _clarion(root, stack, max_associations)
+    if name == "orthanc":
+        return _orthanc(root, stack)
+    return _storescp(name, root, stack)
+
+
+def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
+    titles = [{"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct", "timeout": 36000}}]
+    config = describe(root, ae_titles=titles, scp={"port": free_port(), "max_associations": max_associations})
+    system = stack.enter_context(running(config))
+
+    def stored() -> int:
+        with system.database.reading() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(tables.instances)).scalar_one())
+
+    def settle(count: int) -> None:
+        end = time.monotonic() + 300
+        while stored() < count:
+            if time.monotonic() > end:
+                raise SystemExit(f"the grouping owner has {stored()} of {count} instances")
+            time.sleep(0.05)
+
+    def read_back() -> dict[str, bytes]:
+        with system.database.reading() as connection:
+            rows = connection.execute(sa.select(tables.instances.c.sop_instance_uid, tables.instances.c.object)).all()
+        return {row.sop_instance_uid: system.store.read(ObjectRef(**row.object)) for row in rows}
+
+    stages = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
+    return Receiver(
+        label="D",
+        port=system.scp,
+        called="CHEST",
+        pids=lambda: [system.supervisor.pid_of(one) for one in stages],
+        settle=settle,
+        read_back=read_back,
+    )
+
+
+def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:
+    port = free_port()
+    environment = dict(ENVIRONMENT)
+    if name == "dcmtk-sync":
+        environment["LD_PRELOAD"] = str(_preload(root.parent))
+    elif name == "dcmtk-stock":
+        del environment["TCP_NODELAY"]
+    best = ["+B", "-pdu", "131072"] if name != "dcmtk-stock" else []
+    command = [tool("storescp"), "-q", "--fork", "-pm", *best, "+xa", "-od", str(root), str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    wait_for_port(port, process)
+
+    def read_back() -> dict[str, bytes]:
+        return {path.name.split(".", 1)[1]: split_part10(path.read_bytes())[0] for path in root.iterdir()}
+
+    return Receiver(
+        label="D" if name == "dcmtk-sync" else "N",
+        port=port,
+        called="ANY",
+        pids=lambda: [process.pid],
+        settle=lambda _: None,
+        read_back=read_back,
+    )
+
+
+def _preload(folder: Path) -> Path:
+    library = folder / "sync_on_close.so"
+    if not library.exists():
+        command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(SYNC_C), "-ldl"]
+        subprocess.run(command, check=True)
+    return library
+
+
+def _orthanc(root: Path, stack: ExitStack) -> Receiver:
+    dicom, http = free_port(), free_port()
+    process = start_orthanc(root / "orthanc", dicom=dicom, http=http, caller=("SENDER", free_port()))
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+
+    def settle(count: int) -> None:
+        import urllib.request
+
+        with urllib.request.urlopen(f"http://127.0.0.1:{http}/statistics", timeout=30) as answer:
+            stored = json.load(answer)["CountInstances"]
+        if stored != count:
+            print(f"orthanc stored {stored} of {count}", file=sys.stderr)
+
+    return Receiver(
+        label="D", port=dicom, called="ORTHANC", pids=lambda: [process.pid], settle=settle, read_back=None
+    )
