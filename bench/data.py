@@ -1,6 +1,6 @@
 """Instances to send, framed before any clock starts: PDUs as they go over the wire, and where their UIDs stand in them.
 
-`ct`: 512 × 512 slices of the phantom, 0.53 MB. `small`: the same headers with 64 × 80 pixels, 10.5 kB. `tiny`: 1 kB.
+`ct`: 512 x 512 slices of the phantom, 0.53 MB. `small`: the same headers with 64 x 72 pixels, 10.5 kB. `tiny`: 1 kB.
 `big`: one instance of `--big-mb`. Every pass has new SOP Instance UIDs of the same length, patched into the frames.
 """
 

@@ -10,11 +10,14 @@ import struct
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data import CT, PDU_LENGTH, frames
 
 from gateway.wire import pdu
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SYNTAX = "1.2.840.10008.1.2.1"
 _RESPONSE = 6

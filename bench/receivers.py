@@ -11,10 +11,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from support.dcmtk import ENVIRONMENT, tool
@@ -26,20 +26,24 @@ from clarion.dicom import split_part10
 from clarion.model import ObjectRef
 from gateway import tables
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
 _TICK = os.sysconf("SC_CLK_TCK")
 SYNC_C = Path(__file__).parent / "sync_on_close.c"
 
 
 @dataclass
 class Receiver:
-    """A running receiver: where it listens, whose CPU is its, how to wait until it has done all, and to read it back."""
+    """A running receiver: where it listens, whose CPU it uses, how to wait until it is done, and to read it back."""
 
     label: str
     port: int
     called: str
     pids: Callable[[], list[int]]
     settle: Callable[[int], None]
-    read_back: Callable[[], dict[str, bytes]] | None
+    read_back: Callable[[], Callable[[str], bytes | None]] | None
 
     def cpu(self) -> float:
         """Give the CPU seconds of its processes, ended children included."""
@@ -57,8 +61,8 @@ def tree(pid: int) -> list[int]:
         one = todo.pop()
         found.append(one)
         try:
-            for task in os.listdir(f"/proc/{one}/task"):
-                todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+            for task in Path(f"/proc/{one}/task").iterdir():
+                todo += map(int, (task / "children").read_text().split())
         except OSError:
             continue
     return found
@@ -106,10 +110,11 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
                 raise SystemExit(f"the grouping owner has {stored()} of {count} instances")
             time.sleep(0.05)
 
-    def read_back() -> dict[str, bytes]:
+    def read_back() -> Callable[[str], bytes | None]:
         with system.database.reading() as connection:
             rows = connection.execute(sa.select(tables.instances.c.sop_instance_uid, tables.instances.c.object)).all()
-        return {row.sop_instance_uid: system.store.read(ObjectRef(**row.object)) for row in rows}
+        refs = {row.sop_instance_uid: ObjectRef(**row.object) for row in rows}
+        return lambda uid: system.store.read(refs[uid]) if uid in refs else None
 
     stages = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
     return Receiver(
@@ -136,8 +141,9 @@ def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:
     stack.callback(process.kill)
     wait_for_port(port, process)
 
-    def read_back() -> dict[str, bytes]:
-        return {path.name.split(".", 1)[1]: split_part10(path.read_bytes())[0] for path in root.iterdir()}
+    def read_back() -> Callable[[str], bytes | None]:
+        paths = {path.name.split(".", 1)[1]: path for path in root.iterdir()}
+        return lambda uid: split_part10(paths[uid].read_bytes())[0] if uid in paths else None
 
     return Receiver(
         label="D" if name == "dcmtk-sync" else "N",
@@ -164,13 +170,9 @@ def _orthanc(root: Path, stack: ExitStack) -> Receiver:
     stack.callback(process.kill)
 
     def settle(count: int) -> None:
-        import urllib.request
-
         with urllib.request.urlopen(f"http://127.0.0.1:{http}/statistics", timeout=30) as answer:
             stored = json.load(answer)["CountInstances"]
         if stored != count:
             print(f"orthanc stored {stored} of {count}", file=sys.stderr)
 
-    return Receiver(
-        label="D", port=dicom, called="ORTHANC", pids=lambda: [process.pid], settle=settle, read_back=None
-    )
+    return Receiver(label="D", port=dicom, called="ORTHANC", pids=lambda: [process.pid], settle=settle, read_back=None)

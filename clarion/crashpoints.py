@@ -23,7 +23,6 @@ EFFECTS = (
     "journal.write",
     "journal.sync",
     "journal.rotate",
-    "journal.prepare",
     "scp.respond",
     "scp.associationended",
     "grouping.manifest",

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from clarion.errors import InvalidInstanceError
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
+
+Bytes: TypeAlias = "bytes | bytearray | memoryview | mmap.mmap"
+"""An encoded data set, wherever it lies."""
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -77,7 +80,7 @@ class Walker:
 
     def __init__(
         self,
-        data: bytes | bytearray | mmap.mmap,
+        data: Bytes,
         transfer_syntax_uid: str,
         max_elements: int = MAX_ELEMENTS,
         size: int | None = None,

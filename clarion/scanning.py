@@ -25,7 +25,7 @@ from clarion.elements import (
 from clarion.errors import InvalidInstanceError
 
 if TYPE_CHECKING:
-    import mmap
+    from clarion.elements import Bytes
 
 # An image has about a hundred; what has more is read beside the path that a sender waits on.
 MAX_ELEMENTS = 2000
@@ -53,7 +53,7 @@ class Scan:
     checked: bool
 
 
-def scan(data: bytes | bytearray | mmap.mmap, transfer_syntax_uid: str) -> Scan:
+def scan(data: Bytes, transfer_syntax_uid: str) -> Scan:
     """Scan an encoded data set. Deflated ones, and those with very many elements, are left unchecked."""
     found: dict[int, bytes] = {}
     fault: InvalidInstanceError | None = None
@@ -102,7 +102,7 @@ def _text(found: dict[int, bytes], tag: int) -> str:
     return found.get(tag, b"").decode("latin-1").strip(" \0")
 
 
-def _walk_explicit(data: bytes | bytearray | mmap.mmap, syntax: str, found: dict[int, bytes]) -> None:
+def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
     position, size, left = 0, len(data), MAX_ELEMENTS
     walker = _Budgeted(data, syntax, MAX_ELEMENTS)
     while position < size:
@@ -131,7 +131,7 @@ def _walk_explicit(data: bytes | bytearray | mmap.mmap, syntax: str, found: dict
             found[tag] = bytes(data[start:position])
 
 
-def _walk_implicit(data: bytes | bytearray | mmap.mmap, found: dict[int, bytes]) -> None:
+def _walk_implicit(data: Bytes, found: dict[int, bytes]) -> None:
     position, size, left = 0, len(data), MAX_ELEMENTS
     walker = _Budgeted(data, IMPLICIT_LE, MAX_ELEMENTS)
     while position < size:
@@ -154,7 +154,7 @@ def _walk_implicit(data: bytes | bytearray | mmap.mmap, found: dict[int, bytes])
             found[tag] = bytes(data[start:position])
 
 
-def _walk_big_endian(data: bytes | bytearray | mmap.mmap, found: dict[int, bytes]) -> None:
+def _walk_big_endian(data: Bytes, found: dict[int, bytes]) -> None:
     walker = Walker(data, EXPLICIT_BE, MAX_ELEMENTS)
     try:
         for element in walker.elements():
@@ -166,7 +166,7 @@ def _walk_big_endian(data: bytes | bytearray | mmap.mmap, found: dict[int, bytes
         raise
 
 
-def _walk_inflated_head(data: bytes | bytearray | mmap.mmap, found: dict[int, bytes]) -> None:
+def _walk_inflated_head(data: Bytes, found: dict[int, bytes]) -> None:
     """Find the UIDs in the beginning of a deflated data set; the rest is checked by whoever inflates it all."""
     try:
         head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(memoryview(data)[:_HEAD_BYTES], _HEAD_BYTES)

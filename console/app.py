@@ -112,11 +112,13 @@ class App:
         self.bus()
         return Grouping(
             journal_folder=make_folder(self.data / "journal"),
-            database=self.database,
+            # It wakes the others itself: not after every transaction.
+            database=Database(self.checked.config.database_url),
             store=self.store,
             clock=self.clock,
             registry=load_registry(self.checked.config.gateway),
             doorbell=Doorbell(self.data / "journal", self.data / "wake"),
+            wake=self.wakeup.ring,
         )
 
     def streams(self) -> StreamsStage:

@@ -106,9 +106,7 @@ class IntakeStage:
         slot = self.board.slot(index)
         space = Space(self._data, self._config.intake, self._measure, held=HeldByAll(self.board, slot))
         doorbell = Doorbell(self._data / "journal", self._data / "wake")
-        journal = JournalWriter(
-            self._data / "journal" / f"w{index}", self._clock, has_room=space.available, on_commit=doorbell.ring
-        )
+        journal = JournalWriter(self._data / "journal" / f"w{index}", self._clock, on_commit=doorbell.ring)
         intake = Intake(
             store=FileStore(self._data / "objects"),
             journal=journal,

@@ -32,7 +32,7 @@ from gateway.rulings import GROUPING_FAILED, RULE_RETRY, TROUBLES, decide, remov
 from gateway.runs import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from datetime import datetime
     from pathlib import Path
 
@@ -49,6 +49,8 @@ _BATCH = 500
 _BATCH_S = 0.05
 _PREPARE_S = 0.25
 _LOOK_AT_CLOCK = 16
+_GATHER_S = 0.1
+_RING_S = 0.25
 # An object that cannot be read so often, and for so long, is set aside.
 _STORE_TRIES = 5
 _STORE_PATIENCE_S = 30.0
@@ -84,7 +86,10 @@ class Grouping:
         clock: Clock,
         registry: dict[str, CalledEntity],
         doorbell: Doorbell | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
+        self._wake = wake
+        self._rung = 0.0
         self._folder = journal_folder
         self._doorbell = doorbell
         self._database = database
@@ -118,19 +123,26 @@ class Grouping:
         with effect("grouping.commit"), self._database.transaction() as connection:
             taken = self._take_all(connection, prepared, {uid for uid, _ in known}, moved)
             self._keep_positions(connection, moved)
+        self._ring()
         if taken < _BATCH // 2:
             self._committed = time.monotonic()
         self._taken += taken
         self._backlog.records -= taken
         return True
 
+    def _ring(self, after_s: float = _RING_S) -> None:
+        """Wake who works off our events; while instances stream in, not after each of our transactions."""
+        if time.monotonic() - self._rung > after_s:
+            self._rung = time.monotonic()
+            self._wake()
+
     def _gather(self) -> None:
-        """Let records come together, so that there are at most twenty transactions a second while many arrive.
+        """Let records come together, so that there are at most ten transactions a second while many arrive.
 
         A group is judged by the times in the journal, not by when it is looked at.
         """
         if self._doorbell is not None:
-            threading.Event().wait(max(0.0, self._committed + _BATCH_S - time.monotonic()))
+            threading.Event().wait(max(0.0, self._committed + _GATHER_S - time.monotonic()))
 
     def _take_all(
         self, connection: sa.Connection, prepared: list[_Prepared], known: set[str], moved: dict[str, journal.Position]
@@ -309,7 +321,9 @@ class Grouping:
             if self._due(connection, now) is None:
                 return False
         with effect("grouping.close"), self._database.transaction() as connection:
-            return self._judge(connection, now)
+            judged = self._judge(connection, now)
+        self._ring(after_s=0.0)
+        return judged
 
     def _judge_all(self, connection: sa.Connection, now: datetime, until: float) -> bool:
         """Ask the rules about every group that is due; tell whether the time was enough for all."""

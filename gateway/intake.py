@@ -42,6 +42,8 @@ CANNOT_UNDERSTAND = 0xC000
 COLLECTED_BYTES = 2**20
 # How often a large data set that is being written asks for room.
 _LOOK_FOR_ROOM_BYTES = 16 * 2**20
+# So many data sets are in a process's memory at most; when they are in use, others go to files.
+_MOST_BUFFERS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,24 @@ class Intake:
         self.journal = journal
         self.space = space
         self._ignored = ignored_classes
+        # Buffers of data sets that are being collected, to be used again: their pages are there already.
+        self._spare: list[bytearray] = []
+        self._lent = 0
+
+    def lend(self) -> bytearray | None:
+        """Give a buffer for a data set of up to COLLECTED_BYTES; None when enough are in use: it goes to a file."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            pass
+        if self._lent >= _MOST_BUFFERS:
+            return None
+        self._lent += 1
+        return bytearray(COLLECTED_BYTES)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """Take a buffer back."""
+        self._spare.append(buffer)
 
     def begin(self, arrival: Arrival) -> Reception:
         """Begin to receive a data set."""
@@ -119,16 +139,16 @@ class Reception:
         self._arrival = arrival
         self._ignored = ignored
         self._digest = digests.start()
-        self._collected = bytearray()
+        self._buffer = intake.lend()
         self._file: IncomingFile | None = None
         self._looked = 0
         # Once it is known that the data set cannot be kept, the rest of it is read and dropped.
         self._refused: Answer | None = None
         self.size = 0
 
-    def write(self, piece: Buffer) -> None:
+    def write(self, piece: bytes | memoryview) -> None:
         """Take the next piece; it may be overwritten afterwards. Never raises: `finish` says what went wrong."""
-        self.size += len(piece)  # type: ignore[arg-type]  # bytes or a view of bytes
+        self.size += len(piece)
         if self._refused is not None:
             return
         try:
@@ -136,11 +156,10 @@ class Reception:
             if self._file is not None:
                 self._write_file(self._file, piece)
                 return
-            if self._ignored and len(self._collected) > COLLECTED_BYTES:
-                return
-            self._collected += piece
-            if len(self._collected) > COLLECTED_BYTES and not self._ignored:
-                self._spill()
+            if self._buffer is not None and self.size <= COLLECTED_BYTES:
+                self._buffer[self.size - len(piece) : self.size] = piece
+            elif not self._ignored:
+                self._spill(piece)
         except StoreUnavailableError as error:
             self._refuse(str(error))
         except Exception as error:  # noqa: BLE001  the boundary to the wire: the sender is told, and may send again
@@ -161,16 +180,27 @@ class Reception:
 
     def abandon(self) -> None:
         """Let go of what was not kept."""
-        self._collected = bytearray()
+        if self._buffer is not None:
+            self._intake.give_back(self._buffer)
+            self._buffer = None
         if self._file is not None:
             self._file.abandon()
             self._file = None
 
-    def _spill(self) -> None:
+    def _spill(self, piece: bytes | memoryview) -> None:
         """Go on in a file: the data set is large."""
         self._file = self._intake.store.receive()
-        self._write_file(self._file, self._collected)
-        self._collected = bytearray()
+        before = self.size - len(piece)
+        if self._buffer is not None:
+            self._write_file(self._file, memoryview(self._buffer)[:before])
+            self._intake.give_back(self._buffer)
+            self._buffer = None
+        self._write_file(self._file, piece)
+
+    @property
+    def _collected(self) -> memoryview:
+        """What lies in memory: all of a small data set, the beginning of an ignored one."""
+        return memoryview(self._buffer or b"")[: self.size]
 
     def _write_file(self, file: IncomingFile, piece: Buffer) -> None:
         file.write(piece)
@@ -183,7 +213,8 @@ class Reception:
         if self._file is None:
             with self._intake.space.holding(len(self._collected)) as room:
                 if room:
-                    return self._judge(scan(self._collected, self._arrival.transfer_syntax_uid))
+                    with self._collected as data:
+                        return self._judge(scan(data, self._arrival.transfer_syntax_uid))
         elif self._intake.space.available():
             with self._file.view() as view:
                 seen = scan(view, self._arrival.transfer_syntax_uid)
@@ -224,7 +255,7 @@ class Reception:
         if self._file is not None:
             ref = self._file.keep(digest)
             self._intake.journal.append(kind, {**fields, "object": asdict(ref)})
-        elif self._collected:
+        elif self.size:
             self._intake.journal.append(kind, {**fields, "object": {"digest": digest}}, self._collected)
         else:
             self._intake.journal.append(kind, {**fields, "object": None})

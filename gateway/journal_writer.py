@@ -21,7 +21,7 @@ from clarion.digests import agrees
 from clarion.errors import ResourceBusyError, StoreUnavailableError
 from gateway import journal
 from gateway.journal import Position
-from gateway.segments import SEGMENT_BYTES, ReadyFiles, Segment
+from gateway.segments import SEGMENT_BYTES, Segment, take_freed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,14 +40,13 @@ _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 class JournalWriter:
     """The one writer of a log; any number of its process's threads may append.
 
-    `has_room` is asked before a file is prepared for later; `on_commit` is called after the committed end has moved.
+    `on_commit` is called after the committed end has moved.
     """
 
     def __init__(
         self,
         folder: Path,
         clock: Clock,
-        has_room: Callable[[int], bool] = lambda _: True,
         on_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = make_folder(folder)
@@ -61,7 +60,6 @@ class JournalWriter:
             self._lock_file.close()
             raise ResourceBusyError(f"another process writes the journal in {folder}") from error
         self._end = _CommittedEnd(folder)
-        self._ready = ReadyFiles(folder, has_room)
         self._number = max(journal.segments(folder), default=0)
         self._sequence = 0
         self._ends, self._torn = recover(folder)
@@ -104,7 +102,6 @@ class JournalWriter:
             end = self._write(segment, now, body, data)
         segment.sync(end)
         self._on_commit()
-        self._ready.keep(end)
         return now
 
     def _write(self, segment: Segment, now: datetime, body: bytes, data: Buffer) -> int:
@@ -126,7 +123,7 @@ class JournalWriter:
             self._ends[segment.number] = segment.synced
         # A number is used once, also when its file could not be made durable.
         self._number += 1
-        opened = Segment(self._folder, self._number, self._ready.take(), self._synced)
+        opened = Segment(self._folder, self._number, take_freed(self._folder), self._synced)
         said = {"ends": self._ends, "torn": self._torn}
         body = _encode({"kind": journal.OPENED, **said}).encode()
         self._segment = opened

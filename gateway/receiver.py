@@ -61,8 +61,11 @@ def listen(config: ScpConfig) -> socket.socket:
 
 
 def worker_count(config: ScpConfig) -> int:
-    """Give how many workers there are: as configured, else one for each core, four at most."""
-    return config.workers or max(1, min(4, os.cpu_count() or 1))
+    """Give how many workers there are: as configured, else one for every two cores, four at most.
+
+    The other cores work off what came; and of few associations on one disk more share a sync in one worker.
+    """
+    return config.workers or max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The segment being written: a shared sync, and files kept ready so that a sync has neither size nor blocks to record.
+"""The segment being written: a shared sync, over blocks that were written before wherever that pays.
 
 Group commit: the first thread that waits finds no sync under way and syncs for all that have written; those who come
 meanwhile wait for the next. Nobody is delayed to collect more, and each is woken by a lock of its own.
@@ -10,10 +10,7 @@ import contextlib
 import errno
 import os
 import threading
-import uuid
 from typing import TYPE_CHECKING
-
-import structlog
 
 from clarion.adapters.files import sync_folder
 from clarion.adapters.objects import segment_path
@@ -25,18 +22,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-log = structlog.get_logger()
-
 SEGMENT_BYTES = 64 * 2**20
-READY = "ready-"
-"""How the name of a file begins whose blocks are written and that waits to be a segment."""
 FREED = "freed-"
 """How the name of a segment begins that nothing is wanted of any more."""
-_READY_FILES = 2
-# Below this use of a segment nothing is prepared: a small site needs no files that wait for a load it never has.
-_PREPARE_FROM = SEGMENT_BYTES // 4
-_ZEROS = bytes(2**20)
-_MOST_PARTS = 1000
+# So many zeros are written behind a small record that does not fit into what has been written before: the records that
+# follow lie in blocks that exist, and their sync has no size and no block to record. Larger ones would gain nothing.
+_LAID = bytes(512 * 2**10)
+_SMALL_BYTES = 64 * 2**10
 
 
 class Segment:
@@ -55,6 +47,8 @@ class Segment:
         self._mutex = threading.Lock()
         self._leading = False
         self._waiting: list[tuple[int, threading.Lock]] = []
+        # How far the file's blocks have been written, by this use of it or an older one.
+        self._laid = 0 if ready is None else ready.stat().st_size
         path = segment_path(folder, number)
         with effect("journal.rotate"):
             if ready is not None:
@@ -69,11 +63,13 @@ class Segment:
     def write(self, parts: Sequence[Buffer]) -> int:
         """Append the parts as one record; give the offset to sync up to."""
         offset, wanted = self.size, sum(map(len, parts))  # type: ignore[arg-type]  # bytes and bytearrays
+        lay = offset + wanted > self._laid and wanted <= _SMALL_BYTES
         try:
             with effect("journal.write"):
-                done = os.pwritev(self._file, parts[:_MOST_PARTS], offset)
+                done = os.pwritev(self._file, [*parts, _LAID] if lay else parts, offset)
                 if done < wanted:
                     self._write_rest(b"".join(parts), offset, done)
+                self._laid = max(self._laid, offset + done, offset + wanted)
         except OSError:
             self.broken = True
             raise
@@ -156,51 +152,6 @@ class Segment:
         os.close(self._file)
 
 
-class ReadyFiles:
-    """Keeps files of a segment's size ready, their blocks written, by a thread that runs while the log is busy."""
-
-    def __init__(self, folder: Path, has_room: Callable[[int], bool]) -> None:
-        self._folder = folder
-        self._has_room = has_room
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._ready = sorted(folder.glob(f"{READY}*"))
-        for path in folder.glob("making-*"):
-            path.unlink()
-
-    def take(self) -> Path | None:
-        """Give a file that is ready; None if there is none."""
-        with self._lock:
-            return self._ready.pop() if self._ready else None
-
-    def keep(self, used: int) -> None:
-        """See to it that files are ready, once so much of the present segment is used. Never waits."""
-        if used < _PREPARE_FROM or len(self._ready) >= _READY_FILES:
-            return
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._make, name="segments", daemon=True)
-            self._thread.start()
-
-    def _make(self) -> None:
-        while len(self._ready) < _READY_FILES and self._has_room(SEGMENT_BYTES):
-            name = uuid.uuid4().hex
-            freed = next(self._folder.glob(f"{FREED}*"), None)
-            making = self._folder / f"making-{name}"
-            try:
-                with effect("journal.prepare"):
-                    if freed is None:
-                        _write_zeros(making)
-                    ready = (freed or making).rename(self._folder / f"{READY}{name}")
-            except OSError as error:
-                log.warning("journal.notprepared", reason=error.strerror)
-                making.unlink(missing_ok=True)
-                return
-            with self._lock:
-                self._ready.append(ready)
-
-
-def _write_zeros(path: Path) -> None:
-    with path.open("xb", buffering=0) as file:
-        for _ in range(SEGMENT_BYTES // len(_ZEROS)):
-            file.write(_ZEROS)
-        os.fsync(file.fileno())
+def take_freed(folder: Path) -> Path | None:
+    """Give a file of the log that nothing is wanted of any more, to be written over; None if there is none."""
+    return next(folder.glob(f"{FREED}*"), None)

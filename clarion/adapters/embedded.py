@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clarion.ports import Clock
 
 _BATCH = 200
+_PASSED_OVER = 5000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class EmbeddedBus:
         self._tries = tries
         self._patience_s = patience_s
         self._subscriptions: dict[str, Handover] = {}
+        # How far events that a consumer does not want were passed over, beyond what the table says.
+        self._passed: dict[str, int] = {}
         database.create(outbox.SCHEMA)
 
     def publish(self, events: Iterable[Event]) -> None:
@@ -78,9 +81,20 @@ class EmbeddedBus:
         position = int(str(rows[handed - 1].position)) if handed else start
         if not stopped and len(rows) < _BATCH:
             position = max(position, last)
-        if position > start:
-            outbox.keep_position(self._database, consumer, position)
+        if handed or not self._passes_over(consumer, start, position):
+            self._passed.pop(consumer, None)
+            if position > start:
+                outbox.keep_position(self._database, consumer, position)
         return bool(rows) and not stopped
+
+    def _passes_over(self, consumer: str, start: int, position: int) -> bool:
+        """Tell whether a position is only remembered: events of other kinds come, and a commit for each would be dear.
+
+        When no more come, or many have, it is kept.
+        """
+        before = self._passed.get(consumer, start)
+        self._passed[consumer] = position
+        return before < position < start + _PASSED_OVER
 
     def _waiting(self, consumer: str, kinds: list[str]) -> tuple[int, Sequence[sa.Row[tuple[object, ...]]], int]:
         start = outbox.position_of(self._database, consumer)

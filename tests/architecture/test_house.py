@@ -128,7 +128,6 @@ ELSEWHERE = {
     "gateway/scu.py:store",  # its callers' effects: delivery.send
     "gateway/scu.py:ask_commitment",  # commitment.ask
     "gateway/journal.py:sync",  # recovery, before anything is received
-    "gateway/segments.py:_write_zeros",  # journal.prepare
 }
 
 

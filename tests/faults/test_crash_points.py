@@ -32,8 +32,7 @@ from clarion.events import DeliveryRequested, Event, JobRequested, JobStarted, J
 from clarion.model import JobId, ResultInstance, ResultSet, derive
 from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
-from gateway import journal, segments, tables
-from gateway.journal_writer import JournalWriter
+from gateway import tables
 from gateway.outbound import Delivery, Outbound
 from gateway.requests import DeliveryRequests, SupersededJobs
 from orchestrator.ledger import Job, Ledger
@@ -47,8 +46,6 @@ ONLY_ON_FAILURE = {
     "delivery.lost", "delivery.retry", "delivery.supersede", "deadletters.mark", "deadletters.settle",
     # Those of replays have a campaign of their own (test_replay_crash.py).
     "ledger.retry", "delivery.replay", "replay.plan", "replay.state", "replay.order", "replay.settle",
-    # Only a busy log has files made ready.
-    "journal.prepare",
 }  # fmt: skip
 POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
 
@@ -125,28 +122,6 @@ def test_crash_while_a_dead_letter_is_written(side: str, tmp_path: Path) -> None
     database = Database(url)
     assert [one.reason for one in read_dead_letters(database)] == ["the reason"]
     assert [one.behind for one in read_lag(database)] == [0]
-
-
-@pytest.mark.parametrize("side", ["before", "after"])
-def test_crash_while_a_file_is_made_ready(side: str, tmp_path: Path) -> None:
-    """What was acknowledged is read; half a file is no segment and is taken away."""
-    folder = tmp_path / "journal" / "w0"
-
-    def write() -> None:
-        segments._PREPARE_FROM = 1  # type: ignore[misc]  # in a child of its own
-        writer = JournalWriter(folder, ManualClock(MOMENT))
-        crashpoints.arm(f"{side}:journal.prepare")
-        for number in range(10**9):
-            writer.append("stored", {"number": number})
-            (tmp_path / "told").write_text(str(number))
-
-    status = os.waitpid(fork(write), 0)[1]
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    again = JournalWriter(folder, ManualClock(MOMENT))
-    again.append("stored", {"number": -1})
-    read = [one.fields["number"] for one in journal.read(folder, journal.START, 10**6)]
-    assert len(read) >= int((tmp_path / "told").read_text()) + 2
-    assert list(folder.glob("making-*")) == []
 
 
 class Ledgers:

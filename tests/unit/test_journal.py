@@ -215,25 +215,17 @@ def test_what_is_not_committed_is_not_read(folder: Path, monkeypatch: pytest.Mon
     assert numbers(folder) == [1, 2]
 
 
-def test_files_are_kept_ready_once_a_log_is_busy_and_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_freed_file_is_written_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records of an older use of a file have good checksums; the segment's number tells them apart."""
     monkeypatch.setattr("gateway.journal_writer.SEGMENT_BYTES", 3000)
-    monkeypatch.setattr(segments, "SEGMENT_BYTES", 2**20)
-    monkeypatch.setattr(segments, "_PREPARE_FROM", 100)
     writer = JournalWriter(folder, ManualClock(MOMENT))
     for number in (1, 2, 4, 5):
         writer.append("stored", _fields(number))
-    for _ in range(1000):
-        if len(list(folder.glob("ready-*"))) == 2:
-            break
-        pause(0.01)
-    old = segment_path(folder, 1).read_bytes()
-    kept = folder / "ready-0"
-    kept.write_bytes(old + bytes(2**20 - len(old)))
-    writer._ready._ready.append(kept)
+    freed = folder / "freed-1"
+    freed.write_bytes(segment_path(folder, 1).read_bytes())
     for number in range(100, 140):
         writer.append("stored", _fields(number), _data(number))
-    assert not kept.exists()
+    assert not freed.exists()
     assert numbers(folder) == [1, 2, 4, 5, *range(100, 140)]
 
 
