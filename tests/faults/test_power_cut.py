@@ -51,7 +51,7 @@ class Disk:
         self.image, self.mount = root / "image", root / "mount"
         self.mount.mkdir()
         with self.image.open("wb") as file:
-            file.truncate(512 * 2**20)
+            file.truncate(4 * 2**30)
         run("mkfs.ext4", "-q", str(self.image))
         self.on()
 
@@ -142,6 +142,7 @@ def cut_while_sending(disk: Disk, root: Path, number: int, *, left_out: bool = F
     port = free_port()
     config = describe(
         root / f"run{number}", ae_titles=_TITLES, sources=[{"ae_title": "A", "host": "127.0.0.1"}], scp={"port": port},
+        intake={"watermark_percent": 100, "reserve_gb": 0.01},
     )  # fmt: skip
     config.write_text(config.read_text().replace("data: data", f"data: {disk.mount}/data"))
     assert check_config(config).config.data == disk.mount / "data"
