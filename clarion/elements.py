@@ -30,7 +30,9 @@ MAX_ELEMENTS = 500_000
 # Deflate reaches 1,000:1; real data sets stay far below 100:1, and small ones are allowed any ratio.
 MAX_INFLATE_RATIO = 100
 INFLATE_FREE_BYTES = 64 * 2**20
-MAX_INFLATED_BYTES = 4 * 2**30
+MAX_INFLATED_BYTES = 256 * 2**20
+# Of a value that is asked for as text.
+_LONGEST_TEXT = 1024
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -131,7 +133,8 @@ class Walker:
 
     def text(self, element: Element) -> str:
         """Give an element's value as Latin-1 text without padding: enough for UIDs, codes and numbers."""
-        return bytes(self._data[element.start : element.end]).decode("latin-1").strip(" \0")
+        end = min(element.end, element.start + _LONGEST_TEXT)
+        return bytes(self._data[element.start : end]).decode("latin-1").strip(" \0")
 
     def _peek(self, position: int, limit: int) -> int:
         if position + 8 > limit:

@@ -39,6 +39,8 @@ _DELIMITERS = 0xFFFE
 # So much of a deflated data set is looked at, and so much of what it inflates to.
 _HEAD_BYTES = 2**20
 _HEAD = 8
+# Of a value that is to be a UID so much is kept: more than any UID has.
+_LONGEST = 130
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ def scan(data: Bytes, transfer_syntax_uid: str) -> Scan:
             _walk_explicit(data, transfer_syntax_uid, found)
     except _TooManyElementsError:
         checked = False
+        if len(found) < len(_WANTED):
+            _find_identity(data, transfer_syntax_uid, found)
     except InvalidInstanceError as error:
         fault = error
     return Scan(
@@ -79,6 +83,16 @@ def scan(data: Bytes, transfer_syntax_uid: str) -> Scan:
         fault=fault,
         checked=checked,
     )
+
+
+def _find_identity(data: Bytes, transfer_syntax_uid: str, found: dict[int, bytes]) -> None:
+    """Walk on to the UIDs, past what has so many elements: a long list of references, mostly."""
+    with contextlib.suppress(InvalidInstanceError):
+        for element in Walker(data, transfer_syntax_uid).elements():
+            if element.tag > _SERIES:
+                return
+            if element.tag in _WANTED:
+                found[element.tag] = bytes(data[element.start : min(element.end, element.start + _LONGEST)])
 
 
 class _TooManyElementsError(Exception):
@@ -128,7 +142,7 @@ def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
         if position > size:
             raise _beyond(group, number, length, size - start)
         if (tag := group << 16 | number) in _WANTED:
-            found[tag] = bytes(data[start:position])
+            found[tag] = bytes(data[start : min(position, start + _LONGEST)])
 
 
 def _walk_implicit(data: Bytes, found: dict[int, bytes]) -> None:
@@ -151,7 +165,7 @@ def _walk_implicit(data: Bytes, found: dict[int, bytes]) -> None:
         if position > size:
             raise _beyond(group, number, length, size - start)
         if (tag := group << 16 | number) in _WANTED:
-            found[tag] = bytes(data[start:position])
+            found[tag] = bytes(data[start : min(position, start + _LONGEST)])
 
 
 def _walk_big_endian(data: Bytes, found: dict[int, bytes]) -> None:
@@ -159,7 +173,7 @@ def _walk_big_endian(data: Bytes, found: dict[int, bytes]) -> None:
     try:
         for element in walker.elements():
             if element.tag in _WANTED:
-                found[element.tag] = bytes(data[element.start : element.end])
+                found[element.tag] = bytes(data[element.start : min(element.end, element.start + _LONGEST)])
     except InvalidInstanceError:
         if walker.exhausted:
             raise _TooManyElementsError from None

@@ -11,7 +11,8 @@ from gateway.board import Board, HeldByAll
 from gateway.doorbell import Doorbell
 from gateway.guard import Guard
 from gateway.intake import Intake
-from gateway.journal_writer import JournalWriter
+from gateway.journal import logs
+from gateway.journal_writer import JournalWriter, settle
 from gateway.receiver import STALL_S, Channels, Receiver, channels, listen, worker_count
 from gateway.space import Space
 from gateway.wire.stream import Deadlines
@@ -60,10 +61,18 @@ class IntakeStage:
         self._clock = clock
         FileStore(data / "objects").clear_incoming()
         self._space = Space(data, config.intake, measure)
+        self._settle_logs()
         self._listener = listen(config.scp)
         self.board = Board(worker_count(config.scp))
         self._channels: Channels = channels(self.board.workers)
         self.receiver = receive(self.board, self._make_guard, self._make_worker)
+
+    def _settle_logs(self) -> None:
+        """There may have been more workers once: what their logs hold is read as well."""
+        folder = self._data / "journal"
+        ours = {f"w{index}" for index in range(worker_count(self._config.scp))}
+        for name in set(logs(folder)) - ours:
+            settle(folder / name, self._clock)
 
     def step(self) -> bool:
         """Replace a process that has ended; associations are not our work."""

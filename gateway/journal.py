@@ -14,12 +14,12 @@ import json
 import os
 import re
 import struct
-import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 import structlog
+from blake3 import blake3
 
 from clarion.adapters.objects import segment_location, segment_path
 
@@ -27,18 +27,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from typing_extensions import Buffer
+
 log = structlog.get_logger()
 
 MAX_BODY_BYTES = 2**20
 # So much of a data set comes with its record: the header of nearly every one.
 HEAD_BYTES = 16 * 2**10
 _WINDOW = 64 * 2**10
-# Magic, CRC-32 of all that follows and the body, segment, sequence, microseconds since 1970, lengths of body and data.
-_HEAD = struct.Struct("<4sIQQQII")
-_CHECKED_FROM = 8
+# Magic, seal of all that follows and the body, segment, sequence, microseconds since 1970, lengths of body and data.
+_HEAD = struct.Struct("<4s8sQQQII")
+_SEALED_FROM = 12
 _MAGIC = b"CLJ2"
+# A segment begins with a key of its own, that no peer knows: bytes of a data set never pass for a record.
+_KEY_MAGIC = b"CLK2"
+KEY_BYTES = 32
+FIRST_OFFSET = len(_KEY_MAGIC) + KEY_BYTES
 _END = struct.Struct("=Q")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NONE: frozenset[int] = frozenset()
 _NAME = re.compile(r"\d{8}\.seg")
 
 OPENED = "opened"
@@ -74,11 +81,20 @@ class Entry:
     head: bytes = b""
 
 
-def encode(place: Position, sequence: int, time: datetime, body: bytes, data_bytes: int) -> bytes:
+def encode_key(key: bytes) -> bytes:
+    """Make the beginning of a segment."""
+    return _KEY_MAGIC + key
+
+
+def encode(key: bytes, segment: int, sequence: int, time: datetime, body: bytes, data_bytes: int) -> bytes:
     """Make the head of a record."""
     microseconds = (time - _EPOCH) // timedelta(microseconds=1)
-    rest = _HEAD.pack(_MAGIC, 0, place.segment, sequence, microseconds, len(body), data_bytes)[_CHECKED_FROM:]
-    return _MAGIC + zlib.crc32(body, zlib.crc32(rest)).to_bytes(4, "little") + rest
+    rest = _HEAD.pack(_MAGIC, b"", segment, sequence, microseconds, len(body), data_bytes)[_SEALED_FROM:]
+    return _MAGIC + _seal(key, rest + body) + rest
+
+
+def _seal(key: bytes, data: Buffer) -> bytes:
+    return blake3(data, key=key).digest(8)
 
 
 def logs(journal: Path) -> list[str]:
@@ -128,11 +144,8 @@ def read(folder: Path, start: Position, limit: int) -> Iterator[Entry]:
 
 
 def _read_segment(folder: Path, number: int, offset: int, end: Position, numbers: list[int]) -> Iterator[Entry]:
-    if number == end.segment:
-        limit, torn = end.offset, frozenset[int]()
-    else:
-        limit, torn = _announced(folder, number, numbers)
     try:
+        limit, torn = (end.offset, _NONE) if number == end.segment else _announced(folder, number, numbers)
         file = SegmentFile(folder, number)
     except FileNotFoundError:
         return
@@ -146,14 +159,15 @@ def _announced(folder: Path, number: int, numbers: list[int]) -> tuple[int, froz
         opened = opening(folder, later)
         if opened is not None and str(number) in opened["ends"]:
             return opened["ends"][str(number)], frozenset(opened["torn"].get(str(number), ()))
-    return 0, frozenset()
+    # Only damage to a first record hides an end: what can be read is read.
+    return segment_path(folder, number).stat().st_size, frozenset()
 
 
 def opening(folder: Path, number: int) -> dict[str, Any] | None:
     """Read what the first record of a segment says; None where there is none."""
     try:
         with SegmentFile(folder, number) as file:
-            entry = file.entry(0, MAX_BODY_BYTES)
+            entry = file.entry(FIRST_OFFSET, MAX_BODY_BYTES)
     except FileNotFoundError:
         return None
     return entry.fields if entry is not None and entry.kind == OPENED else None
@@ -167,6 +181,10 @@ class SegmentFile:
         self._number = number
         self._file = os.open(segment_path(folder, number), os.O_RDONLY)
         self._window, self._from = b"", 0
+        self._size = os.fstat(self._file).st_size
+        beginning = os.pread(self._file, FIRST_OFFSET, 0)
+        whole = len(beginning) == FIRST_OFFSET and beginning.startswith(_KEY_MAGIC)
+        self._key = beginning[len(_KEY_MAGIC) :] if whole else None
 
     def __enter__(self) -> Self:
         return self
@@ -176,6 +194,7 @@ class SegmentFile:
 
     def entries(self, offset: int, limit: int, torn: frozenset[int]) -> Iterator[Entry]:
         """Give the records between two offsets; what is no whole record there, and not known to be torn, is damage."""
+        offset = max(offset, FIRST_OFFSET)
         while offset < limit:
             entry = None if offset in torn else self.entry(offset, limit)
             if entry is None:
@@ -189,6 +208,7 @@ class SegmentFile:
 
     def whole(self, offset: int, limit: int) -> Iterator[Entry]:
         """Give the whole records between two offsets, whatever lies between them."""
+        offset = max(offset, FIRST_OFFSET)
         while offset < limit:
             entry = self.entry(offset, limit)
             if entry is not None:
@@ -207,17 +227,17 @@ class SegmentFile:
     def entry(self, offset: int, limit: int) -> Entry | None:
         """Decode the record at an offset; None where no whole record of this segment begins."""
         at = self._at(offset, _HEAD.size)
-        if len(self._window) - at < _HEAD.size:
+        if self._key is None or len(self._window) - at < _HEAD.size:
             return None
-        magic, crc, number, _, microseconds, body_bytes, data_bytes = _HEAD.unpack_from(self._window, at)
+        magic, seal, number, _, microseconds, body_bytes, data_bytes = _HEAD.unpack_from(self._window, at)
         end = offset + _HEAD.size + body_bytes + data_bytes
-        if magic != _MAGIC or number != self._number or body_bytes > MAX_BODY_BYTES or end > limit:
+        if magic != _MAGIC or number != self._number or body_bytes > MAX_BODY_BYTES or end > min(limit, self._size):
             return None
         head_bytes = min(data_bytes, HEAD_BYTES)
         at = self._at(offset, _HEAD.size + body_bytes + head_bytes)
         begin = at + _HEAD.size + body_bytes
-        checked = memoryview(self._window)[at + _CHECKED_FROM : begin]
-        if len(checked) != _HEAD.size + body_bytes - _CHECKED_FROM or zlib.crc32(checked) != crc:
+        sealed = memoryview(self._window)[at + _SEALED_FROM : begin]
+        if len(sealed) != _HEAD.size + body_bytes - _SEALED_FROM or _seal(self._key, sealed) != seal:
             return None
         fields = json.loads(self._window[at + _HEAD.size : begin])
         if data_bytes:
@@ -245,12 +265,13 @@ class SegmentFile:
         while at < limit:
             chunk = os.pread(self._file, min(MAX_BODY_BYTES, limit - at), at)
             found = chunk.find(_MAGIC)
-            if found < 0:
-                at += max(1, len(chunk) - len(_MAGIC) + 1) if len(chunk) > len(_MAGIC) else limit
-            elif self.entry(at + found, limit) is not None:
-                return at + found
-            else:
-                at += found + 1
+            while found >= 0:
+                if self.entry(at + found, limit) is not None:
+                    return at + found
+                found = chunk.find(_MAGIC, found + 1)
+            if len(chunk) < len(_MAGIC):
+                break
+            at += len(chunk) - len(_MAGIC) + 1
         return limit
 
     def _damaged(self, offset: int, after: int, limit: int) -> Entry:

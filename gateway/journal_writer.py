@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import mmap
+import secrets
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ class JournalWriter:
         self._end = _CommittedEnd(folder)
         self._number = max(journal.segments(folder), default=0)
         self._sequence = 0
+        self._key = b""
+        self._closed = False
         self._ends, self._torn = recover(folder)
         self._segment: Segment | None = None
         with self._writing:
@@ -89,6 +92,7 @@ class JournalWriter:
     def close(self) -> None:
         """Sync and let go."""
         with self._writing:
+            self._closed = True
             if self._segment is not None:
                 self._segment.retire()
             self._segment = None
@@ -97,6 +101,8 @@ class JournalWriter:
 
     def _append(self, body: bytes, data: Buffer) -> datetime:
         with self._writing:
+            if self._closed:
+                raise StoreUnavailableError("the journal has been closed")
             segment = self._usable(len(body) + len(data))  # type: ignore[arg-type]  # bytes or a bytearray
             now = self._clock.now()
             end = self._write(segment, now, body, data)
@@ -106,8 +112,7 @@ class JournalWriter:
 
     def _write(self, segment: Segment, now: datetime, body: bytes, data: Buffer) -> int:
         self._sequence += 1
-        place = Position(segment.number, segment.size)
-        head = journal.encode(place, self._sequence, now, body, len(data))  # type: ignore[arg-type]  # as above
+        head = journal.encode(self._key, segment.number, self._sequence, now, body, len(data))  # type: ignore[arg-type]  # as above
         return segment.write((head, body, data) if data else (head, body))
 
     def _usable(self, size: int) -> Segment:
@@ -127,6 +132,8 @@ class JournalWriter:
         said = {"ends": self._ends, "torn": self._torn}
         body = _encode({"kind": journal.OPENED, **said}).encode()
         self._segment = opened
+        self._key = secrets.token_bytes(journal.KEY_BYTES)
+        opened.write((journal.encode_key(self._key),))
         self._write(opened, self._clock.now(), body, b"")
         return opened
 
@@ -166,14 +173,26 @@ def recover(folder: Path) -> tuple[dict[int, int], dict[int, list[int]]]:
     Only what a crash left open is read: the last segment, seldom another.
     """
     numbers = journal.segments(folder)
+    committed = journal.committed_end(folder)
     openings = {number: journal.opening(folder, number) for number in numbers}
     announced = {int(one) for opened in openings.values() if opened is not None for one in opened["ends"]}
     ends: dict[int, int] = {}
     torn: dict[int, list[int]] = {}
     for number in numbers:
         if number not in announced:
-            ends[number], torn[number] = _recover_one(folder, number)
+            # What is committed was synced and acknowledged: if it cannot be read now, it is damaged and not torn.
+            sure = committed.offset if number == committed.segment else 0
+            end, half = _recover_one(folder, number)
+            ends[number], torn[number] = max(end, sure), [one for one in half if one >= sure]
     return ends, torn
+
+
+def settle(folder: Path, clock: Clock) -> None:
+    """Commit what a log holds that nobody writes any more, and that a power cut may have left unread."""
+    numbers = journal.segments(folder)
+    committed = journal.committed_end(folder)
+    if numbers and (committed.segment != numbers[-1] or _recover_one(folder, numbers[-1])[0] > committed.offset):
+        JournalWriter(folder, clock).close()
 
 
 def _recover_one(folder: Path, number: int) -> tuple[int, list[int]]:

@@ -72,9 +72,17 @@ class Segment:
                 self._laid = max(self._laid, offset + done, offset + wanted)
         except OSError:
             self.broken = True
+            self._wake_all()
             raise
         self.size = offset + wanted
         return self.size
+
+    def _wake_all(self) -> None:
+        """Have everybody look again: the segment is broken."""
+        with self._mutex:
+            woken, self._waiting = self._waiting, []
+        for _, gate in woken:
+            gate.release()
 
     def _write_rest(self, whole: bytes, offset: int, done: int) -> None:
         rest = memoryview(whole)
@@ -91,9 +99,10 @@ class Segment:
                 gate.acquire()
 
     def _is_done(self, end: int) -> bool:
+        broken = self.broken  # first: one that is retired is synced before it is marked
         if self.synced >= end:
             return True
-        if self.broken:
+        if broken:
             raise OSError(errno.EIO, "the segment was given up")
         return False
 

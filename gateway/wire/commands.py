@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from gateway.wire.pdu import INVALID_PARAMETER, PduError
+from gateway.wire.pdu import INVALID_PARAMETER, PduError, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,8 +59,8 @@ def number(command: Mapping[int, bytes], element: int) -> int | None:
 
 
 def uid(command: Mapping[int, bytes], element: int) -> str:
-    """Give a UID without its padding; empty when it is absent."""
-    return command.get(element, b"").decode("ascii", "replace").strip(" \0")
+    """Give a UID without its padding; empty when it is absent. What cannot be printed becomes a question mark."""
+    return plain(command.get(element, b""))
 
 
 def make(elements: Iterable[tuple[int, bytes]]) -> bytes:

@@ -116,7 +116,7 @@ def parse_request(body: bytes) -> Request:
     application, said = "", _UserInformation()
     for kind, start, end in _items(body, _FIXED, len(body)):
         if kind == 0x10:  # noqa: PLR2004  item types of PS3.8 9.3.2
-            application = _uid(body[start:end])
+            application = plain(body[start:end])
         elif kind == 0x20:  # noqa: PLR2004  as above
             contexts.append(_proposed(body, start, end))
         elif kind == 0x50:  # noqa: PLR2004  as above
@@ -125,8 +125,8 @@ def parse_request(body: bytes) -> Request:
         raise PduError(INVALID_PARAMETER, "no presentation contexts, too many, or one twice")
     return Request(
         version=_U16.unpack_from(body, 0)[0],
-        called=_title(body[4:20]),
-        calling=_title(body[20:36]),
+        called=plain(body[4:20]),
+        calling=plain(body[20:36]),
         titles=body[4:_FIXED],
         application_context=application,
         contexts=tuple(contexts),
@@ -190,7 +190,7 @@ def parse_accept(body: bytes) -> Accepted:
             results[body[start]] = body[start + 2]
             for inner, first, last in _items(body, start + 4, end):
                 if inner == 0x40 and body[start + 2] == ACCEPTED:  # noqa: PLR2004  as above
-                    syntaxes[body[start]] = _uid(body[first:last])
+                    syntaxes[body[start]] = plain(body[first:last])
         elif kind == 0x50:  # noqa: PLR2004  as above
             said.read(body, start, end)
     return Accepted(syntaxes=syntaxes, results=results, max_length=said.max_length, roles=said.roles)
@@ -228,7 +228,7 @@ class _UserInformation:
             elif kind == 0x54:  # noqa: PLR2004  as above
                 self._read_role(value)
             elif kind == 0x55:  # noqa: PLR2004  as above
-                self.implementation = value.decode("ascii", "replace").strip(" \0")
+                self.implementation = plain(value)
             elif kind == 0x58:  # noqa: PLR2004  as above
                 self.identity = _identity(value)
 
@@ -238,7 +238,7 @@ class _UserInformation:
         size = _U16.unpack_from(value)[0]
         if len(value) != size + 4:
             raise PduError(INVALID_PARAMETER, "a role selection of a wrong length")
-        self.roles[_uid(value[2 : 2 + size])] = (value[2 + size] == 1, value[3 + size] == 1)
+        self.roles[plain(value[2 : 2 + size])] = (value[2 + size] == 1, value[3 + size] == 1)
 
 
 def _identity(value: bytes) -> UserIdentity:
@@ -273,9 +273,9 @@ def _proposed(body: bytes, start: int, end: int) -> Context:
     abstract, syntaxes = "", []
     for kind, first, last in _items(body, start + 4, end):
         if kind == 0x30:  # noqa: PLR2004  as above
-            abstract = _uid(body[first:last])
+            abstract = plain(body[first:last])
         elif kind == 0x40:  # noqa: PLR2004  as above
-            syntaxes.append(_uid(body[first:last]))
+            syntaxes.append(plain(body[first:last]))
     return Context(id=body[start], abstract_syntax=abstract, transfer_syntaxes=tuple(syntaxes))
 
 
@@ -294,9 +294,11 @@ def _item(kind: int, body: bytes) -> bytes:
     return _ITEM.pack(kind, len(body)) + body
 
 
-def _uid(raw: bytes) -> str:
-    return raw.decode("ascii", "replace").strip(" \0")
+def plain(raw: bytes) -> str:
+    """Give printable ASCII without padding; everything else becomes a question mark."""
+    text = raw.strip(b" \0").decode("ascii", "replace")
+    return text if text.isprintable() and text.isascii() else "".join(map(_plain_character, text))
 
 
-def _title(raw: bytes) -> str:
-    return raw.decode("ascii", "replace").strip(" \0")
+def _plain_character(one: str) -> str:
+    return one if one.isascii() and one.isprintable() else "?"

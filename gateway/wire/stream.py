@@ -138,7 +138,8 @@ class Stream:
             raise PduError(pdu.INVALID_PARAMETER, "a PDU longer than announced")
         self._start += _HEADER
         self._pdu_left = length
-        self._begun = 0.0
+        if not self._data_context and not self._command_context:
+            self._begun = 0.0
 
     def _check_other(self, kind: int, length: int) -> int:
         """Check a PDU that carries no data; gives its length. Only the end of the association may come here."""
@@ -172,7 +173,7 @@ class Stream:
             if self._data_context or (self._command_context and context != self._command_context):
                 raise PduError(pdu.UNEXPECTED_PARAMETER, "a command set within another message")
             self._command_context = context
-        elif context != self._data_context:
+        elif not self._data_context or context != self._data_context:
             raise PduError(pdu.UNEXPECTED_PARAMETER, "a data set without a command set, or on another context")
 
     def _take_pdv(self) -> bool:

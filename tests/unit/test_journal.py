@@ -21,7 +21,7 @@ from clarion.model import ObjectRef
 from clarion.testing.suites import MOMENT
 from gateway import journal, segments
 from gateway.journal import START
-from gateway.journal_writer import JournalWriter, recover
+from gateway.journal_writer import JournalWriter, recover, settle
 
 THREADS, EACH = 12, 40
 
@@ -255,16 +255,88 @@ def test_a_turned_bit_costs_one_record(place: int, size: int, folder: Path) -> N
     assert damaged == 1
 
 
-@pytest.mark.parametrize("cut", range(0, 12 * 512, 512))
+def forget_committed(writer: JournalWriter, folder: Path) -> None:
+    """As after a power cut: the writer is gone, and what it noted last is older than what it wrote last."""
+    writer._lock_file.close()
+    journal.committed_path(folder).write_bytes(bytes(4096))
+
+
+def restarted(writer: JournalWriter, folder: Path) -> list[str]:
+    """As after a kill; give the kinds of what is then read."""
+    writer._lock_file.close()
+    JournalWriter(folder, ManualClock(MOMENT)).append("last", {})
+    return [one.kind for one in journal.read(folder, START, 100)]
+
+
+@pytest.mark.parametrize("place", [4, 100, 1500])
+def test_damage_to_what_was_acknowledged_is_told_also_after_a_restart(place: int, folder: Path) -> None:
+    """In the last record of the last segment, where a torn tail would be. Bites: take it for one and drop it."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    writer.append("stored", _fields(3), _data(3))
+    writer.append("stored", _fields(300), _data(300))
+    begin = list(journal.read(folder, START, 2))[1].begin
+    whole = bytearray(segment_path(folder, 1).read_bytes())
+    whole[begin + place] ^= 1
+    segment_path(folder, 1).write_bytes(bytes(whole))
+    # Of a data set that changed the record is whole: its digest tells, whoever reads it.
+    expected = "stored" if place == 1500 else journal.DAMAGED
+    assert restarted(writer, folder) == ["stored", expected, "last"]
+
+
+def test_damage_to_the_first_record_of_a_segment_hides_nothing_before_it(folder: Path) -> None:
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    writer.append("stored", _fields(1))
+    writer.close()
+    again = JournalWriter(folder, ManualClock(MOMENT))
+    again.append("stored", _fields(2))
+    path = segment_path(folder, 2)
+    whole = bytearray(path.read_bytes())
+    whole[journal.FIRST_OFFSET + 50] ^= 1
+    path.write_bytes(bytes(whole))
+    found = [one.fields["number"] for one in journal.read(folder, START, 100) if one.kind == "stored"]
+    assert found == [1, 2]
+
+
+def test_a_data_set_cannot_pass_for_records(folder: Path) -> None:
+    """A sender who knows the format puts records into his pixels; a crash within the write leaves them in the open."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    body = b'{"kind":"commitment","peer":"PACS","transaction_uid":"1","stored":[],"failed":[]}'
+    forged = b"".join(journal.encode(key, 1, 7, MOMENT, body, 0) + body for key in (bytes(32), b"x" * 32)) * 20
+    writer.append("stored", {"object": {"digest": digest_of(forged)}}, forged)
+    path = segment_path(folder, 1)
+    begin = next(iter(journal.read(folder, START, 1))).begin
+    whole = bytearray(path.read_bytes())
+    whole[begin : begin + 20] = bytes(20)
+    path.write_bytes(bytes(whole[:-70]))
+    forget_committed(writer, folder)
+    again = JournalWriter(folder, ManualClock(MOMENT))
+    again.append("stored", {"number": 1})
+    assert [one.fields.get("number") for one in journal.read(folder, START, 100)] == [1]
+
+
+def test_a_log_that_has_no_worker_any_more_is_settled(folder: Path) -> None:
+    """Fewer workers after a power cut: what the others acknowledged is read all the same, and once only settled."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    writer.append("stored", _fields(3), _data(3))
+    forget_committed(writer, folder)
+    assert numbers(folder) == []
+    settle(folder, ManualClock(MOMENT))
+    assert numbers(folder) == [3]
+    before = journal.segments(folder)
+    settle(folder, ManualClock(MOMENT))
+    assert journal.segments(folder) == before
+
+
+@pytest.mark.parametrize("cut", range(0, 200 * 512, 512))
 def test_a_torn_tail_is_cut_off_and_what_is_whole_is_kept(cut: int, folder: Path) -> None:
     """F04, at the boundaries of sectors: what was whole before the cut is read, nothing else, and appending goes on."""
     writer = JournalWriter(folder, ManualClock(MOMENT))
-    for number in (0, 3, 6, 300):
+    for number in (0, 3, 6, 300, *range(303, 360, 3), 6000):
         writer.append("stored", _fields(number), _data(number))
     ends = {one.fields["number"]: one.after.offset for one in journal.read(folder, START, 100)}
     size = max(ends.values())
     os.truncate(segment_path(folder, 1), max(0, size - cut))
-    writer._lock_file.close()
+    forget_committed(writer, folder)
     again = JournalWriter(folder, ManualClock(MOMENT))
     again.append("stored", _fields(9), _data(9))
     assert numbers(folder) == [*(number for number, end in ends.items() if end <= size - cut), 9]
@@ -279,8 +351,8 @@ def test_a_record_whose_data_set_is_torn_is_not_read(folder: Path) -> None:
     with segment_path(folder, 1).open("r+b") as file:
         file.seek(torn.after.offset - 200)
         file.write(bytes(100))
+    forget_committed(writer, folder)
     assert recover(folder) == ({1: writer._segment.size}, {1: [torn.begin]})  # type: ignore[union-attr]
-    writer._lock_file.close()
     again = JournalWriter(folder, ManualClock(MOMENT))
     again.append("stored", _fields(9), _data(9))
     assert numbers(folder) == [3, 6, 9]
