@@ -47,6 +47,9 @@ class ObjectStore(Protocol):
         read now.
         """
 
+    def read_head(self, ref: ObjectRef, count: int) -> bytes:
+        """Give up to `count` bytes from the beginning, not compared with the digest; errors as `read`."""
+
 
 class Clock(Protocol):
     """The time: `now` for what is stored, `monotonic` for durations."""

@@ -7,6 +7,7 @@ and concerns nobody else.
 from __future__ import annotations
 
 import socket
+import struct
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +19,7 @@ from clarion.errors import StoreUnavailableError
 from gateway.commitments import MAX_DATA_SET_BYTES, read_report
 from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
 from gateway.wire import commands, pdu
-from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, negotiate
+from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, is_storage, negotiate
 from gateway.wire.commands import number, uid
 from gateway.wire.pdu import PduError
 from gateway.wire.stream import StalledError, Stream, prepare
@@ -39,6 +40,7 @@ _NOT_AUTHORISED = 0x0124
 _CLASS_NOT_SUPPORTED = 0x0122
 _UNRECOGNISED_OPERATION = 0x0211
 _DISCARDED_BYTES = 65536
+_LINGER_S = 2
 
 
 class _Message(Protocol):
@@ -138,10 +140,18 @@ class Association:
             log.exception("association.failed", association=self.id)
             self._say(pdu.abort(pdu.NOT_SPECIFIED))
         finally:
+            self._finish(reason)
+
+    def _finish(self, reason: str) -> None:
+        """Let go of everything, whatever of it fails; the slot is free when the thread has nothing left to do."""
+        try:
             self._forget_message()
             self._ended(reason)
-            self._slot.end()
+        except Exception:  # as above: the slot must not be lost
+            log.exception("association.failed", association=self.id)
+        finally:
             self._linger()
+            self._slot.end()
 
     def stop(self, reason: str) -> None:
         """Have the association aborted, because we end."""
@@ -193,8 +203,9 @@ class Association:
             return
 
     def _linger(self) -> None:
-        """Let the peer close first, within the deadline (ARTIM, PS3.8 9.1.5); what it still says is dropped."""
+        """Let the peer close first (ARTIM, PS3.8 9.1.5); not for long, for it still has a slot."""
         try:
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _LINGER_S, 0))
             self._connection.shutdown(socket.SHUT_WR)
             left = 3
             while left and self._connection.recv(_DISCARDED_BYTES):
@@ -287,7 +298,7 @@ class Association:
         if field == commands.C_STORE_RQ:
             return self._store_message()
         if field == commands.N_EVENT_REPORT_RQ and self._abstract_syntax == STORAGE_COMMITMENT:
-            return Collected(self._reported)
+            return Collected(self._reported) if self._admission.may_report else self._refused(_NOT_AUTHORISED, "")
         return Discarded(Answer(status=_UNRECOGNISED_OPERATION))
 
     @property
@@ -300,6 +311,8 @@ class Association:
             return Discarded(Answer(status=CANNOT_UNDERSTAND, comment="the request names no SOP Class or Instance"))
         if not self._admission.may_store:
             return self._refused(_NOT_AUTHORISED, "not a source of instances")
+        if not is_storage(self._abstract_syntax) or not is_storage(sop_class_uid):
+            return self._refused(_CLASS_NOT_SUPPORTED, "not a Storage SOP Class, or not on a context of one")
         private = not sop_class_uid.startswith(STANDARD_ROOT)
         if private and not self._config.accept_private_sop_classes:
             return self._refused(_CLASS_NOT_SUPPORTED, "private SOP Classes are not accepted")
@@ -320,8 +333,6 @@ class Association:
 
     def _reported(self, data: bytes) -> Answer:
         """Take a storage commitment result; success only after it is journalled."""
-        if not self._admission.may_report:
-            return Answer(status=_NOT_AUTHORISED)
         report = read_report(data, self._negotiated.contexts[self._context].transfer_syntaxes[0])
         if report is None:
             return Answer(status=PROCESSING_FAILURE)

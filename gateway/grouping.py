@@ -13,6 +13,7 @@ import itertools
 import threading
 import time
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -23,8 +24,9 @@ from clarion import events
 from clarion.adapters.database import may_pass, replace
 from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
-from clarion.dicom import read_attributes, read_head, read_header
-from clarion.errors import MissingObjectError, StoreUnavailableError, describe
+from clarion.dicom import plain_encoding, read_attributes, read_head, read_header
+from clarion.elements import DEFLATED_LE, EXPLICIT_LE
+from clarion.errors import InvalidInstanceError, MissingObjectError, StoreUnavailableError, describe
 from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables
 from gateway.records import SOURCE, Records
@@ -254,7 +256,8 @@ class Grouping:
             syntax = entry.fields["transfer_syntax_uid"]
             if entry.fields.get("unchecked"):
                 return self._check(entry, self._store.read(ref), syntax)
-            attributes = read_head(entry.head, ref.size_bytes, syntax) if entry.head else None
+            head = entry.head or self._store.read_head(ref, journal.HEAD_BYTES)
+            attributes = read_head(head, ref.size_bytes, syntax)
             if attributes is None:
                 attributes = read_attributes(self._store.read(ref), syntax)
             return _Prepared(entry, attributes)
@@ -269,11 +272,16 @@ class Grouping:
 
     def _check(self, entry: journal.Entry, data: bytes, syntax: str) -> _Prepared:
         """Read to the end what intake had no time for; what is not whole is set aside."""
-        fault = read_header(data, syntax).fault
+        try:
+            plain = plain_encoding(data, syntax)
+        except InvalidInstanceError as error:
+            return _Prepared(entry, fault=error.reason)
+        encoding = EXPLICIT_LE if syntax == DEFLATED_LE else syntax
+        fault = read_header(plain, encoding).fault
         if fault is not None:
             log.warning("record.setaside", kind=entry.kind, reason=fault.reason)
             return _Prepared(entry, fault=fault.reason)
-        return _Prepared(entry, read_attributes(data, syntax))
+        return _Prepared(entry, read_attributes(plain, encoding))
 
     def _wait_for_store(self, entry: journal.Entry) -> bool:
         """Tell whether an object that cannot be read now is worth waiting for; a bad sector is not, for ever."""
@@ -299,8 +307,20 @@ class Grouping:
                     raise
                 one = self._failed(one.entry, GROUPING_FAILED, error)
         if one.fault:
+            self._set_aside(connection, one.entry, one.fault)
+
+    def _set_aside(self, connection: sa.Connection, entry: journal.Entry, reason: str) -> None:
+        """Keep what a record is about; of one that the database refuses even so, the place."""
+        try:
             with connection.begin_nested():
-                self._records.set_aside(connection, one.entry, one.fault)
+                self._records.set_aside(connection, entry, reason)
+        except DBAPIError as error:
+            if may_pass(error):
+                raise
+            log.error("record.refused", kind=entry.kind, error=describe(error))  # noqa: TRY400  no foreign text
+            place = {"segment": entry.after.segment, "offset": entry.begin}
+            with connection.begin_nested():
+                self._records.set_aside(connection, replace_fields(entry, fields=place), reason)
 
     # Groups ----------------------------------------------------------------------------------------------------
 

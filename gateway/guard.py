@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from gateway.access import NO_SPACE, NOT_READY, OUR_FAULT, TOO_MANY, Admission, Rejection
+from gateway.access import NO_SPACE, NOT_READY, OUR_FAULT, TOO_MANY, UNRESOLVED, Admission, Rejection
 from gateway.board import MALFORMED
 from gateway.wire import pdu
 from gateway.wire.acceptance import is_storage
@@ -39,6 +39,8 @@ log = structlog.get_logger()
 BACKLOG = 1024
 # Connections that have not asked yet or are being turned away; when there are more, the oldest must go.
 MAX_PENDING = 4096
+_MAX_PENDING_BYTES = 32 * 2**20
+_MOST_RESOLVING = 64
 _LOOK_S = 1.0
 _ACCEPTED_AT_ONCE = 64
 _HEADER = 6
@@ -101,6 +103,7 @@ class Guard:
         self._addresses: list[dict[int, str]] = [{} for _ in channels]
         self._restarts = [0 for _ in channels]
         self._unready_since = time.monotonic()
+        self._held = 0
         self.max_pending = MAX_PENDING
 
     def stop(self) -> None:
@@ -191,6 +194,11 @@ class Guard:
             self._forget(one)
         elif not one.closing and not one.waiting:
             one.data += data
+            self._held += len(data)
+            if self._held > _MAX_PENDING_BYTES:
+                log.warning("connection.cut", reason="too-many-bytes", address=one.address)
+                self._forget(one)
+                return
             try:
                 if self._wanted(one) == 0:
                     self._asked(one, bytes(one.data[_HEADER:]))
@@ -217,10 +225,12 @@ class Guard:
             self._reject(one, request, Rejection(check=MALFORMED, result=1, source=2, reason=2))
         elif request.application_context != pdu.APPLICATION_CONTEXT:
             self._reject(one, request, Rejection(check=MALFORMED, result=1, source=1, reason=2))
-        elif self._access.may_wait(request.calling):
-            self._resolve(one, request)
-        else:
+        elif not self._access.may_wait(request.calling):
             self._decide(one, request, self._check(request, one.address))
+        elif len(self._resolving) >= _MOST_RESOLVING:
+            self._reject(one, request, UNRESOLVED)
+        else:
+            self._resolve(one, request)
 
     def _check(self, request: pdu.Request, address: str) -> Admission | Rejection:
         try:
@@ -325,6 +335,7 @@ class Guard:
 
     def _forget(self, one: _Pending) -> None:
         del self._pending[one]
+        self._held -= len(one.data)
         if not one.waiting:
             self._selector.unregister(one.connection)
         one.connection.close()

@@ -7,6 +7,7 @@ given only after the data set and its journal record are synced. Any number of a
 
 from __future__ import annotations
 
+import threading
 import uuid
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -84,22 +85,24 @@ class Intake:
         self._ignored = ignored_classes
         # Buffers of data sets that are being collected, to be used again: their pages are there already.
         self._spare: list[bytearray] = []
-        self._lent = 0
+        self._made = 0
+        self._lending = threading.Lock()
 
     def lend(self) -> bytearray | None:
         """Give a buffer for a data set of up to COLLECTED_BYTES; None when enough are in use: it goes to a file."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            pass
-        if self._lent >= _MOST_BUFFERS:
-            return None
-        self._lent += 1
-        return bytearray(COLLECTED_BYTES)
+        with self._lending:
+            if self._spare:
+                return self._spare.pop()
+            if self._made >= _MOST_BUFFERS:
+                return None
+            buffer = bytearray(COLLECTED_BYTES)
+            self._made += 1
+        return buffer
 
     def give_back(self, buffer: bytearray) -> None:
         """Take a buffer back."""
-        self._spare.append(buffer)
+        with self._lending:
+            self._spare.append(buffer)
 
     def begin(self, arrival: Arrival) -> Reception:
         """Begin to receive a data set."""
@@ -141,7 +144,7 @@ class Reception:
         self._digest = digests.start()
         self._buffer = intake.lend()
         self._file: IncomingFile | None = None
-        self._looked = 0
+        self._looked = self._kept = 0
         # Once it is known that the data set cannot be kept, the rest of it is read and dropped.
         self._refused: Answer | None = None
         self.size = 0
@@ -158,6 +161,7 @@ class Reception:
                 return
             if self._buffer is not None and self.size <= COLLECTED_BYTES:
                 self._buffer[self.size - len(piece) : self.size] = piece
+                self._kept = self.size
             elif not self._ignored:
                 self._spill(piece)
         except StoreUnavailableError as error:
@@ -200,7 +204,7 @@ class Reception:
     @property
     def _collected(self) -> memoryview:
         """What lies in memory: all of a small data set, the beginning of an ignored one."""
-        return memoryview(self._buffer or b"")[: self.size]
+        return memoryview(self._buffer or b"")[: self._kept]
 
     def _write_file(self, file: IncomingFile, piece: Buffer) -> None:
         file.write(piece)

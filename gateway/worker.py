@@ -112,16 +112,21 @@ class Worker:
         if first is not None:
             self._start(*first)
 
-    def _take(self) -> tuple[Handover, socket.socket] | None:
+    def _take(self) -> tuple[Handover, socket.socket | None] | None:
+        """Take the next connection; a message without one when we may have no more descriptors."""
         try:
             message, descriptors, _, _ = socket.recv_fds(self._channel, _MAX_MESSAGE, 1)
         except BlockingIOError:
             return None
-        if not descriptors:
+        if not message:
             return None
-        return Handover.decode(message), socket.socket(fileno=descriptors[0])
+        return Handover.decode(message), socket.socket(fileno=descriptors[0]) if descriptors else None
 
-    def _start(self, handover: Handover, connection: socket.socket) -> None:
+    def _start(self, handover: Handover, connection: socket.socket | None) -> None:
+        if connection is None:
+            log.error("association.failed", reason="too many open files", address=handover.address)
+            self._ended(handover.number)
+            return
         self._open = {one: thread for one, thread in self._open.items() if thread.is_alive()}
         self._slot.take()
         try:
@@ -144,11 +149,19 @@ class Worker:
         except (PduError, RuntimeError) as error:
             log.warning("association.failed", reason=str(error), address=handover.address)
             connection.close()
-            self._slot.end()
+            self._ended(handover.number)
 
     def _serve(self, association: Association, number: int) -> None:
         association.run()
-        # The guard counts per address; where it does not listen, it counts anew.
+        self._tell(number)
+
+    def _ended(self, number: int) -> None:
+        """An association has ended that never began."""
+        self._slot.end()
+        self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        """Tell the guard, which counts per address; where it does not listen, it counts anew."""
         with contextlib.suppress(OSError):
             self._channel.send(number.to_bytes(8, "little"))
 

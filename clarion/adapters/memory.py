@@ -54,6 +54,10 @@ class MemoryStore:
         self._objects[digest] = bytes(data)
         return ObjectRef(location=f"memory:{digest}", digest=digest, size_bytes=len(data))
 
+    def read_head(self, ref: ObjectRef, count: int) -> bytes:
+        """Give the beginning of an object."""
+        return self.read(ref)[:count]
+
     def read(self, ref: ObjectRef) -> bytes:
         """Give an object's bytes."""
         if ref.digest not in self._objects:

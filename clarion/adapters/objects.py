@@ -8,6 +8,7 @@ old reference then finds it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -96,6 +97,18 @@ class FileStore:
             raise MissingObjectError(f"object {ref.digest[:23]} is damaged: its bytes have another digest")
         return data
 
+    def read_head(self, ref: ObjectRef, count: int) -> bytes:
+        """Give up to `count` bytes from the beginning, not compared with the digest. A range of a segment is small."""
+        if _SEGMENT.fullmatch(ref.location) is not None:
+            return self.read(ref)[:count]
+        try:
+            with self._path(ref.digest).open("rb", buffering=0) as file:
+                return file.read(count)
+        except FileNotFoundError as error:
+            raise MissingObjectError(f"object {ref.digest[:23]} is not in the store") from error
+        except OSError as error:
+            raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {error.strerror}") from error
+
     def _read_segment(self, ref: ObjectRef) -> bytes | None:
         """Read a range of a segment; None when the object is no such range, or its segment is gone."""
         match = _SEGMENT.fullmatch(ref.location)
@@ -167,4 +180,6 @@ class IncomingFile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-            self._path.unlink(missing_ok=True)
+            # What cannot be removed now is by `clear_incoming`.
+            with contextlib.suppress(OSError):
+                self._path.unlink()

@@ -211,6 +211,33 @@ def test_all_that_the_standard_allows_is_understood(at: Serving) -> None:
     assert kept == {"1.2.1": one, "1.2.2": two, "1.2.3": data_set("1.2.3")}
 
 
+def test_who_releases_and_does_not_close_keeps_a_slot_and_no_more(tmp_path: Path) -> None:
+    """Bites: free the slot first, and threads and descriptors grow as fast as a client opens associations."""
+    with serving(tmp_path, scp={"max_associations": 10}) as at, ExitStack() as stack:
+        before = threading.active_count()
+        refused = 0
+        for _ in range(200):
+            peer = stack.enter_context(Raw(at.port))
+            peer.say(pdu.request("B", "A", CONTEXTS))
+            kind, _ = peer.hear()
+            refused += kind == pdu.ASSOCIATE_RJ
+            if kind == pdu.ASSOCIATE_AC:
+                assert peer.release() == pdu.RELEASE_RP
+        assert threading.active_count() <= before + 10
+        assert refused > 100
+        until(lambda: at.board.associations == 0, "their slots are freed though they do not close")
+
+
+def test_a_store_needs_a_storage_class_on_a_context_of_one(at: Serving) -> None:
+    with associated(at.port) as peer:
+        assert peer.store("1.2.1", data_set("1.2.1"), context=3) == 0x0122
+        command = store_request("1.2.2", sop_class="1.2.840.10008.1.1")
+        peer.say(pdu.p_data(1, pdu.COMMAND, command), pdu.p_data(1, 0, data_set("1.2.2")))
+        assert peer.status() == 0x0122
+        assert peer.store("1.2.3\0004", data_set("1.2.3\0004")) == 0xC000
+    assert [fields["sop_instance_uid"] for kind, fields in at.journalled() if kind != "ended"] == ["1.2.3?4"]
+
+
 @pytest.mark.parametrize("ending", ["release", "abort", "reset"])
 def test_a_data_set_that_is_not_completed_leaves_nothing(at: Serving, ending: str) -> None:
     with associated(at.port) as peer:

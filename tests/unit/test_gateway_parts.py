@@ -15,6 +15,7 @@ from clarion.digests import digest_of
 from clarion.elements import EXPLICIT_LE
 from clarion.errors import PeerUnavailableError, StoreUnavailableError
 from clarion.model import ObjectRef
+from clarion.scanning import scan
 from gateway.access import (
     CALLED_UNKNOWN,
     CALLING_ELSEWHERE,
@@ -132,6 +133,27 @@ def test_what_is_abandoned_leaves_nothing(size: int, journal: ListJournal, intak
     reception.abandon()
     assert journal.records == []
     assert [path for path in intake.root.rglob("*") if path.is_file()] == []
+
+
+def test_a_long_list_of_references_before_the_study_is_no_fault(journal: ListJournal, intake: Making) -> None:
+    """A SEG of many slices: its UIDs come after thousands of elements in sequences of undefined length."""
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + element(8, 0x1155, "UI", b"1.2.3")
+    item += struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
+    references = struct.pack("<HH2sHI", 8, 0x1115, b"SQ", 0, 0xFFFFFFFF) + item * 3000
+    references += struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    whole = data_set()
+    at = whole.find(struct.pack("<HH", 0x20, 0xD))
+    assert receive(intake(journal), whole[:at] + references + whole[at:]).status == 0x0000
+    assert journal.records[0][1]["unchecked"] is True
+    assert journal.records[0][1]["series_uid"] == "1.2.1"
+
+
+def test_a_uid_that_claims_the_whole_data_set_costs_no_memory(journal: ListJournal, intake: Making) -> None:
+    claim = struct.pack("<HHI", 8, 0x18, 900_000) + bytes(900_000)
+    seen = scan(claim, "1.2.840.10008.1.2")
+    assert len(seen.sop_instance_uid) < 200
+    answer = receive(intake(journal), claim, transfer_syntax_uid="1.2.840.10008.1.2")
+    assert answer.status == 0xC000
 
 
 def test_too_many_elements_are_kept_and_left_to_be_checked(journal: ListJournal, intake: Making) -> None:

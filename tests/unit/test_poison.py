@@ -153,6 +153,19 @@ def test_damage_in_the_journal_is_shown(tmp_path: Path) -> None:
     assert rig.grouped() == {"1.2.1", "1.2.3"}
 
 
+def test_a_text_that_the_database_refuses_stops_nobody(tmp_path: Path) -> None:
+    """PostgreSQL takes no NUL: the record is set aside with its place alone, and the next is grouped."""
+    rig = Rig(tmp_path, GoodRule())
+    rig.writer.append("quarantined", {
+        "sop_class_uid": "1.2", "sop_instance_uid": "1.2.3\0004", "transfer_syntax_uid": "1.2", "calling_ae": "A\0B",
+        "called_ae": "B", "association": "x", "study_uid": "1.9", "reason": "sop-instance-mismatch", "object": None,
+    })  # fmt: skip
+    rig.receive(2)
+    rig.settle()
+    assert rig.reasons() in (["sop-instance-mismatch"], ["grouping-failed"])
+    assert rig.grouped() == {"1.2.2"}
+
+
 def test_a_record_nobody_foresaw_is_set_aside(tmp_path: Path) -> None:
     rig = Rig(tmp_path, GoodRule())
     rig.writer.append("stored", {"sop_instance_uid": "1.2.9"})
