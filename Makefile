@@ -8,10 +8,10 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 ARGS ?=
 BENCH ?= receive
 
-.PHONY: help install servers demo test check format lock bench clean
+.PHONY: help install servers demo test check format lock bench bench-receive clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
 install: .venv/.installed ## Make the environment .venv with the command .venv/bin/clarion
 
@@ -50,8 +50,11 @@ lock: install ## Compute the pinned requirement files anew
 	$(COMPILE) --extra kafka --extra postgres --extra kubernetes --extra triton --extra s3 --extra codecs pyproject.toml -o requirements/extras.txt
 	for cuda in 12 13; do $(COMPILE) --extra gpu-cuda$$cuda pyproject.toml -c requirements/dev.txt -o requirements/gpu-cuda$$cuda.txt; done
 
-bench: install ## Measure, interleaved, as ratios: BENCH=receive (default) against storescp, BENCH=events against bare Kafka clients, BENCH=latency
+bench: install ## Measure, interleaved, as ratios: BENCH=receive (default), BENCH=events against bare Kafka clients, BENCH=latency
 	@$(BIN)/python bench/$(BENCH).py $(ARGS)
+
+bench-receive: install servers ## Measure receiving in about ten minutes: ratios against DCMTK made to sync, DCMTK at its best and Orthanc
+	@$(BIN)/python bench/receive.py --rounds 3 --conc 1 4 $(ARGS)
 
 clean: ## Remove what was built: environment, caches, artifacts
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

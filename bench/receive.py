@@ -54,7 +54,9 @@ def main() -> None:
                         if options.out:
                             with options.out.open("a") as file:
                                 file.write(json.dumps({**run, **_machine(work)}) + "\n")
-    print(json.dumps(report(runs), indent=1))
+    found = report(runs)
+    print(json.dumps(found, indent=1))
+    print(judge(found["cells"]))
 
 
 def _options() -> argparse.Namespace:
@@ -164,6 +166,39 @@ def _machine(work: Path) -> dict[str, Any]:
         "commit": git.stdout.strip(), "cpu": model.partition(":")[2].strip(), "cores": os.cpu_count(),
         "kernel": platform.release(), "python": platform.python_version(), "command": sys.argv, "work": str(work),
     }  # fmt: skip
+
+
+# The musts of `receive-performance.md` 3 that this measures: cell, peer, figure, at least or at most, name.
+_MUSTS = (
+    ("ct 4", "dcmtk-sync", "rate", 1.0, "P1"),
+    ("small 4", "dcmtk-sync", "rate", 1.2, "P2"),
+    ("ct 1", "dcmtk-sync", "rate", 0.8, "P3 ct"),
+    ("small 1", "dcmtk-sync", "rate", 1.2, "P3 small"),
+    ("small 32", "dcmtk-sync", "rate", 1.5, "P4"),
+    ("ct 4", "dcmtk-best", "rate", 0.2, "P5 ct (D / N)"),
+    ("small 4", "dcmtk-best", "rate", 0.15, "P5 small (D / N)"),
+    ("ct 4", "orthanc", "rate", 2.0, "P7 ct"),
+    ("small 4", "orthanc", "rate", 8.0, "P7 small"),
+    ("ct 4", "dcmtk-sync", "cpu", -2.0, "P8 ct"),
+    ("small 4", "dcmtk-sync", "cpu", -2.5, "P8 small"),
+    ("ct 4", "dcmtk-sync", "p50", -1.2, "P11 ct p50"),
+    ("ct 4", "dcmtk-sync", "p99", -1.5, "P11 ct p99"),
+    ("small 4", "dcmtk-sync", "p50", -1.2, "P11 small p50"),
+    ("small 4", "dcmtk-sync", "p99", -1.5, "P11 small p99"),
+)
+
+
+def judge(cells: dict[str, Any]) -> str:
+    """Compare with the musts; give the line that says how many of those measured are met, and which are not."""
+    measured, missed = 0, []
+    for cell, peer, figure, bound, name in _MUSTS:
+        found = cells.get(f"{cell} / {peer}", {}).get(figure)
+        if found is None:
+            continue
+        measured += 1
+        if not (found["median"] >= bound if bound > 0 else found["median"] <= -bound):
+            missed.append(f"{name}: {found['median']}, wanted {'>=' if bound > 0 else '<='} {abs(bound)}")
+    return "\n".join([*missed, f"musts met / measured: {measured - len(missed)} / {measured}"])
 
 
 def valid(run: dict[str, Any]) -> bool:

@@ -126,7 +126,7 @@ def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
         if position + _HEAD > size:
             raise InvalidInstanceError("truncated", f"{size - position} bytes left where an element begins")
         group, number, vr, length = _EXPLICIT(data, position)
-        if vr in SHORT_VRS:
+        if vr in SHORT_VRS and group != _DELIMITERS:
             start = position + _HEAD
         elif vr in LONG_VRS and group != _DELIMITERS:
             start = position + 12

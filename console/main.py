@@ -10,6 +10,7 @@ import typer
 
 from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, reader, run
 from console.delivery_cli import delivery_cli
+from console.dicom_cli import echo, send
 from console.events_cli import events_cli
 from console.letters_cli import letters_cli
 from console.replay_cli import replay_cli
@@ -32,6 +33,8 @@ cli.add_typer(topics_cli, name="topics")
 cli.add_typer(events_cli, name="events")
 cli.add_typer(replay_cli, name="replay")
 cli.add_typer(config_cli, name="config")
+cli.command()(echo)
+cli.command()(send)
 
 
 @cli.command()

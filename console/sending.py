@@ -57,9 +57,13 @@ def send_folder(
 
 
 def look_through(folder: Path) -> tuple[list[_File], Sent]:
-    """Find what can be sent below a folder, and name what cannot. Raises UnreadableSeriesError when nothing can."""
+    """Find what can be sent below a folder, or the one file; name what cannot.
+
+    Raises UnreadableSeriesError when nothing can.
+    """
     sent = Sent()
-    files = [one for path in sorted(folder.rglob("*")) if path.is_file() and (one := _look(path, sent)) is not None]
+    paths = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    files = [one for path in paths if path.is_file() and (one := _look(path, sent)) is not None]
     if not files:
         raise UnreadableSeriesError("no-dicom", f"in {folder} there is no DICOM file that could be sent")
     return files, sent

@@ -40,7 +40,7 @@ _NOT_AUTHORISED = 0x0124
 _CLASS_NOT_SUPPORTED = 0x0122
 _UNRECOGNISED_OPERATION = 0x0211
 _DISCARDED_BYTES = 65536
-_LINGER_S = 2
+LINGER_S = 2
 
 
 class _Message(Protocol):
@@ -205,7 +205,7 @@ class Association:
     def _linger(self) -> None:
         """Let the peer close first (ARTIM, PS3.8 9.1.5); not for long, for it still has a slot."""
         try:
-            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _LINGER_S, 0))
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LINGER_S, 0))
             self._connection.shutdown(socket.SHUT_WR)
             left = 3
             while left and self._connection.recv(_DISCARDED_BYTES):

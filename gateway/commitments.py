@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from clarion.elements import Walker
 from clarion.errors import InvalidInstanceError
+from gateway.encoding import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # A report of 10,000 instances is 2 MB.
 MAX_DATA_SET_BYTES = 16 * 2**20
 
-_TRANSACTION, _FAILED, _REFERENCED, _INSTANCE = 0x00081195, 0x00081198, 0x00081199, 0x00081155
+_TRANSACTION, _FAILED, _REFERENCED, _INSTANCE, _CLASS = (
+    0x00081195, 0x00081198, 0x00081199, 0x00081155, 0x00081150,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +27,12 @@ class Report:
     transaction_uid: str
     stored: tuple[str, ...]
     failed: tuple[str, ...]
+
+
+def make_request(transaction_uid: str, instances: Iterable[tuple[str, str]], transfer_syntax_uid: str) -> bytes:
+    """Make a request for (SOP Class, SOP Instance) pairs (PS3.4 J.3.2.1)."""
+    items = [[(_CLASS, "UI", sop_class), (_INSTANCE, "UI", instance)] for sop_class, instance in instances]
+    return encode([(_TRANSACTION, "UI", transaction_uid), (_REFERENCED, "SQ", items)], transfer_syntax_uid)
 
 
 def read_report(data: bytes, transfer_syntax_uid: str) -> Report | None:

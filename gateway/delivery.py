@@ -34,8 +34,8 @@ from gateway.transcode import FALLBACKS, convert
 if TYPE_CHECKING:
     from clarion.config import GatewayConfig
     from clarion.ports import Clock, EventBus, ObjectStore
+    from gateway.commitments import Report
     from gateway.outbound import Delivery, Item
-    from gateway.scu import Report
 
 log = structlog.get_logger()
 

@@ -22,8 +22,6 @@ from clarion.scanning import scan
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from typing_extensions import Buffer
-
     from clarion.adapters.objects import FileStore, IncomingFile
     from clarion.scanning import Scan
     from gateway.journal_writer import JournalWriter
@@ -206,8 +204,9 @@ class Reception:
         """What lies in memory: all of a small data set, the beginning of an ignored one."""
         return memoryview(self._buffer or b"")[: self._kept]
 
-    def _write_file(self, file: IncomingFile, piece: Buffer) -> None:
+    def _write_file(self, file: IncomingFile, piece: bytes | memoryview) -> None:
         file.write(piece)
+        self._intake.space.spend(len(piece))
         if file.size - self._looked > _LOOK_FOR_ROOM_BYTES:
             self._looked = file.size
             if not self._intake.space.available():

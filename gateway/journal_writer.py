@@ -60,19 +60,20 @@ class JournalWriter:
         except OSError as error:
             self._lock_file.close()
             raise ResourceBusyError(f"another process writes the journal in {folder}") from error
-        self._end = _CommittedEnd(folder)
         self._number = max(journal.segments(folder), default=0)
         self._sequence = 0
         self._key = b""
         self._closed = False
-        self._ends, self._torn = recover(folder)
         self._segment: Segment | None = None
-        with self._writing:
-            segment = self._usable(0)
-        # What a power cut left unread is committed with this, though nothing new may come for long.
         try:
+            self._end = _CommittedEnd(folder)
+            self._ends, self._torn = recover(folder)
+            with self._writing:
+                segment = self._usable(0)
+            # What a power cut left unread is committed with this, though nothing new may come for long.
             segment.sync(segment.size)
         except OSError as error:
+            self._lock_file.close()
             raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
 
     def append(self, kind: str, fields: dict[str, Any], data: Buffer = b"") -> datetime:

@@ -1,48 +1,39 @@
-"""Our side of an association to a destination, on pynetdicom: store, ask for storage commitment, query.
+"""Our side of an association to a destination: store, ask for storage commitment, query.
 
-pynetdicom's types end in this module. Every wait has a deadline. A peer that cannot be reached or stops answering
-raises PeerUnavailableError; one that refuses the association for good raises PeerRefusedError.
+Every wait has a deadline. A peer that cannot be reached or stops answering raises PeerUnavailableError; one that
+refuses the association for good raises PeerRefusedError.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import queue
-import threading
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from pydicom import Dataset
-from pydicom.uid import UID
-from pynetdicom import AE, _config, evt
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
-    StorageCommitmentPushModel,
-    StorageCommitmentPushModelInstance,
-    StudyRootQueryRetrieveInformationModelFind,
-    Verification,
-)
-
-from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from clarion.elements import EXPLICIT_LE, IMPLICIT_LE
+from clarion.elements import EXPLICIT_LE, IMPLICIT_LE, Walker
 from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError
-from gateway.transport import Guard
+from gateway.commitments import Report, make_request, read_report
+from gateway.encoding import encode
+from gateway.wire import commands, pdu
+from gateway.wire.acceptance import STORAGE_COMMITMENT, VERIFICATION
+from gateway.wire.dialogue import Dialogue, DialogueError, Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from pynetdicom.association import Association
-
     from clarion.model import Destination
 
-_config.LOG_HANDLER_LEVEL = "none"
-
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+_COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"
+_PLAIN = (EXPLICIT_LE, IMPLICIT_LE)
 _PERMANENT = 0x01
 _SUCCESS = 0x0000
+_UNRECOGNISED_OPERATION = 0x0211
 _PROCESSING_FAILURE = 0x0110
-_MEDIUM = 0x0000
 _PENDING = frozenset((0xFF00, 0xFF01))
+# PS3.8 9.3.2: ids are odd and below 256. Three are for other than storage.
+_MOST_CLASSES = 125
+_SOP_INSTANCE = 0x00080018
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,44 +44,8 @@ class Timeouts:
     dimse_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A storage commitment result: which instances the peer keeps, and which it does not."""
-
-    transaction_uid: str
-    stored: tuple[str, ...]
-    failed: tuple[str, ...]
-
-
-class _Checkpoint(threading.Event):
-    """Holds an association's reactor: `clear` returns only when the reactor really stands at `wait`.
-
-    The library raises a flag before its reactor waits and lowers it after; a sender that looks at the flag alone may
-    meet a reactor that is just leaving, which then takes the response away from the sender.
-    """
-
-    def __init__(self, assoc: Association) -> None:
-        super().__init__()
-        self._assoc = assoc
-        self._standing = threading.Event()
-        self.set()
-
-    def clear(self) -> None:
-        self._standing.clear()
-        super().clear()
-        while not self._standing.wait(0.05):
-            if not self._assoc.is_alive():
-                return
-
-    def wait(self, timeout: float | None = None) -> bool:
-        if self.is_set():
-            return True
-        self._standing.set()
-        return super().wait(timeout)
-
-
 class Requestor:
-    """An open association to a destination; use it in a `with` block."""
+    """An open association to a destination; use it in a `with` block, by one thread."""
 
     def __init__(
         self,
@@ -102,30 +57,31 @@ class Requestor:
         on_report: Callable[[Report], None] | None = None,
     ) -> None:
         self._name = destination.name
-        self._place = f"{destination.ae_title} at {destination.host}:{destination.port}"
-        self._reported = threading.Event()
         self._on_report = on_report
-        ae = AE(ae_title=own_ae)
-        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        ae.connection_timeout = timeouts.connect_s
-        ae.acse_timeout = timeouts.connect_s
-        ae.dimse_timeout = timeouts.dimse_s
-        ae.network_timeout = timeouts.dimse_s
-        for sop_class, syntax in sorted(set(classes)):
-            ae.add_requested_context(sop_class, syntax)
-        ae.add_requested_context(Verification, [EXPLICIT_LE, IMPLICIT_LE])
-        ae.add_requested_context(StorageCommitmentPushModel, [EXPLICIT_LE, IMPLICIT_LE])
-        ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind, [EXPLICIT_LE, IMPLICIT_LE])
-        self._stall_s = timeouts.dimse_s
-        self._guarded: Guard | None = None
-        handlers: list[Any] = [(evt.EVT_CONN_OPEN, self._guard), (evt.EVT_N_EVENT_REPORT, self._report)]
-        self._assoc = ae.associate(
-            destination.host, destination.port, ae_title=destination.ae_title, evt_handlers=handlers
-        )
-        if not self._assoc.is_established:
-            self._raise_refusal()
-        self._assoc._reactor_checkpoint = _Checkpoint(self._assoc)  # noqa: SLF001  see _Checkpoint
+        self._reported = False
+        self._message = 0
+        proposed: list[tuple[str, tuple[str, ...]]] = [(one, (syntax,)) for one, syntax in sorted(set(classes))]
+        proposed = proposed[:_MOST_CLASSES]
+        proposed += [(one, _PLAIN) for one in (VERIFICATION, STORAGE_COMMITMENT, STUDY_ROOT_FIND)]
+        self._contexts = [
+            pdu.Context(id=2 * index + 1, abstract_syntax=abstract, transfer_syntaxes=syntaxes)
+            for index, (abstract, syntaxes) in enumerate(proposed)
+        ]
+        request = pdu.request(destination.ae_title, own_ae, self._contexts)
+        try:
+            self._dialogue = Dialogue(
+                (destination.host, destination.port),
+                request,
+                connect_s=timeouts.connect_s,
+                progress_s=timeouts.dimse_s,
+            )
+        except DialogueError as error:
+            raise _refusal(destination, error) from error
+        self._accepted = {
+            (one.abstract_syntax, syntax): one.id
+            for one in self._contexts
+            if (syntax := self._dialogue.accepted.syntaxes.get(one.id, ""))
+        }
 
     def __enter__(self) -> Self:
         """Use the association."""
@@ -133,163 +89,174 @@ class Requestor:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Release it, or abort it after an error: whoever no longer answers would not answer a release either."""
-        if not self._assoc.is_established:
-            return
-        # The library first sends what it still has to send; a peer that takes it slowly is cut off.
-        watch = threading.Timer(self._stall_s, self._cut)
-        watch.start()
-        try:
-            if kind is None:
-                self._assoc.release()
-            else:
-                self._assoc.abort()
-        finally:
-            watch.cancel()
+        if kind is None:
+            self._dialogue.release()
+        else:
+            self._dialogue.abort()
 
     def accepts(self, sop_class: str, syntax: str) -> bool:
         """Tell whether the peer takes the class in the syntax."""
-        return any(
-            context.abstract_syntax == sop_class and syntax in context.transfer_syntax
-            for context in self._assoc.accepted_contexts
-        )
+        return (sop_class, syntax) in self._accepted
 
     @property
     def commits(self) -> bool:
         """Whether the peer offers storage commitment."""
-        return self._accepts_class(StorageCommitmentPushModel)
+        return self._plain_context(STORAGE_COMMITMENT) is not None
 
     @property
     def finds(self) -> bool:
         """Whether the peer offers the study root query."""
-        return self._accepts_class(StudyRootQueryRetrieveInformationModelFind)
+        return self._plain_context(STUDY_ROOT_FIND) is not None
 
     def echo(self) -> int:
         """Send a C-ECHO-RQ; give the status."""
-        return self._status(self._assoc.send_c_echo())
+        context, _ = self._need(VERIFICATION)
+        answer = self._ask(context, commands.C_ECHO_RQ, [(commands.AFFECTED_CLASS, commands.ui(VERIFICATION))])
+        return self._status(answer)
 
     def store(self, data: bytes, *, sop_class: str, sop_instance: str, syntax: str) -> int:
         """Send a data set as it is; give the status. Raises PeerUnavailableError when the peer does not answer."""
         if not data:
             raise InvalidInstanceError("empty-data-set")
-        request = C_STORE()
-        request.MessageID = 1
-        request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(sop_class), UID(sop_instance)
-        request.Priority = _MEDIUM
-        request.DataSet = io.BytesIO(data)
-        assoc = self._assoc
-        assoc._reactor_checkpoint.clear()  # noqa: SLF001  the library stores only what it can parse; see _Checkpoint
-        try:
-            assoc.dimse.send_msg(request, self._context(sop_class, syntax))
-            answer = self._answer()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise PeerUnavailableError(f"{self._name}: the association ended while sending") from error
-        finally:
-            assoc._reactor_checkpoint.set()  # noqa: SLF001  as above
-        if not isinstance(answer, C_STORE) or answer.Status is None:
-            raise PeerUnavailableError(f"{self._name}: no answer before the deadline, or the association was aborted")
-        return int(answer.Status)
-
-    def _answer(self) -> object:
-        """Wait for the answer; None when there is none. The deadline begins anew as long as the peer takes bytes."""
-        sent = -1
-        while self._guarded is not None and sent != self._guarded.sent:
-            sent = self._guarded.sent
-            # An association that ended puts None here: whoever waits must not sit out the deadline then.
-            with contextlib.suppress(queue.Empty):
-                return self._assoc.dimse.msg_queue.get(timeout=self._stall_s)[1]
-        return None
-
-    def _context(self, sop_class: str, syntax: str) -> int:
-        for context in self._assoc.accepted_contexts:
-            if context.abstract_syntax == sop_class and syntax in context.transfer_syntax and context.context_id:
-                return context.context_id
-        raise PeerUnavailableError(f"{self._name}: the peer does not take the class in this transfer syntax")
+        context = self._accepted.get((sop_class, syntax))
+        if context is None:
+            raise PeerUnavailableError(f"{self._name}: the peer does not take the class in this transfer syntax")
+        elements = [
+            (commands.AFFECTED_CLASS, commands.ui(sop_class)),
+            (commands.PRIORITY, commands.u16(commands.MEDIUM)),
+            (commands.AFFECTED_INSTANCE, commands.ui(sop_instance)),
+        ]
+        return self._status(self._ask(context, commands.C_STORE_RQ, elements, data))
 
     def ask_commitment(self, transaction_uid: str, instances: Iterable[tuple[str, str]], wait_s: float) -> bool:
         """Ask the peer to commit to (SOP Class, SOP Instance) pairs (PS3.4 J.3.2); tell whether it agreed to answer.
 
         Waits a little for an answer on this association; most peers answer on one of their own.
         """
-        request = Dataset()
-        request.TransactionUID = transaction_uid
-        request.ReferencedSOPSequence = [_reference(sop_class, sop_instance) for sop_class, sop_instance in instances]
-        try:
-            answer, _ = self._assoc.send_n_action(
-                request, 1, StorageCommitmentPushModel, StorageCommitmentPushModelInstance
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise PeerUnavailableError(f"{self._name}: the association ended while asking for commitment") from error
-        agreed = self._status(answer) == _SUCCESS
+        context, syntax = self._need(STORAGE_COMMITMENT)
+        elements = [
+            (commands.REQUESTED_CLASS, commands.ui(STORAGE_COMMITMENT)),
+            (commands.REQUESTED_INSTANCE, commands.ui(_COMMITMENT_INSTANCE)),
+            (commands.ACTION_TYPE, commands.u16(1)),
+        ]
+        request = make_request(transaction_uid, instances, syntax)
+        agreed = self._status(self._ask(context, commands.N_ACTION_RQ, elements, request)) == _SUCCESS
         if agreed:
-            self._reported.wait(wait_s)
+            self._await_report(wait_s)
         return agreed
 
     def find(self, study_uid: str, series_uid: str) -> set[str]:
         """Ask which SOP Instance UIDs of a series the peer has."""
-        query = Dataset()
-        query.QueryRetrieveLevel = "IMAGE"
-        query.StudyInstanceUID = study_uid
-        query.SeriesInstanceUID = series_uid
-        query.SOPInstanceUID = ""
+        context, syntax = self._need(STUDY_ROOT_FIND)
+        elements = [
+            (commands.AFFECTED_CLASS, commands.ui(STUDY_ROOT_FIND)),
+            (commands.PRIORITY, commands.u16(commands.MEDIUM)),
+        ]
+        query = encode(
+            [
+                (_SOP_INSTANCE, "UI", ""),
+                (0x00080052, "CS", "IMAGE"),
+                (0x0020000D, "UI", study_uid),
+                (0x0020000E, "UI", series_uid),
+            ],
+            syntax,
+        )
         found: set[str] = set()
-        try:
-            for status, identifier in self._assoc.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
-                code = self._status(status)
-                if code in _PENDING and identifier is not None:
-                    found.add(str(identifier.get("SOPInstanceUID", "")))
-                elif code != _SUCCESS:
-                    # A query that failed proves nothing: neither presence nor absence.
-                    raise PeerUnavailableError(f"{self._name}: the query ended with 0x{code:04X}")
-        except (RuntimeError, ValueError, OSError) as error:
-            raise PeerUnavailableError(f"{self._name}: the association ended during a query") from error
+        answer = self._ask(context, commands.C_FIND_RQ, elements, query)
+        while (status := self._status(answer)) in _PENDING:
+            found.add(_instance_in(answer.data, syntax))
+            answer = self._hear()
+        if status != _SUCCESS:
+            # A query that failed proves nothing: neither presence nor absence.
+            raise PeerUnavailableError(f"{self._name}: the query ended with 0x{status:04X}")
         return found
 
-    def _accepts_class(self, sop_class: str) -> bool:
-        return any(context.abstract_syntax == sop_class for context in self._assoc.accepted_contexts)
+    # Messages --------------------------------------------------------------------------------------------------
 
-    def _status(self, answer: Dataset) -> int:
-        if "Status" not in answer:
-            raise PeerUnavailableError(f"{self._name}: no answer before the deadline, or the association was aborted")
-        return int(answer.Status)
-
-    def _guard(self, event: evt.Event) -> None:
-        self._guarded = Guard(event.assoc.dul.socket, stall_s=self._stall_s)
-
-    def _cut(self) -> None:
-        if self._guarded is not None:
-            self._guarded.cut()
-
-    def _report(self, event: evt.Event) -> tuple[int, None]:
+    def _ask(self, context: int, field: int, elements: list[tuple[int, bytes]], data: bytes = b"") -> Message:
+        """Send a request and give its response."""
+        self._message = self._message % 0xFFFF + 1
+        follows = commands.WITH_DATA_SET if data else commands.NO_DATA_SET
+        known = [
+            (commands.FIELD, commands.u16(field)),
+            (commands.MESSAGE_ID, commands.u16(self._message)),
+            (commands.DATA_SET_TYPE, commands.u16(follows)),
+        ]
         try:
-            report = event.event_information
-            result = Report(
-                transaction_uid=str(report.TransactionUID),
-                stored=_referenced(report, "ReferencedSOPSequence"),
-                failed=_referenced(report, "FailedSOPSequence"),
-            )
-        except AttributeError:
-            return _PROCESSING_FAILURE, None
-        if self._on_report is not None:
-            self._on_report(result)
-        self._reported.set()
-        return _SUCCESS, None
+            self._dialogue.say(context, commands.make(sorted([*elements, *known])), data)
+        except DialogueError as error:
+            raise PeerUnavailableError(f"{self._name}: the association ended while sending: {error}") from error
+        return self._hear()
 
-    def _raise_refusal(self) -> None:
-        primitive = self._assoc.acceptor.primitive
-        if self._assoc.is_rejected and primitive is not None:
-            said = f"result {primitive.result}, source {primitive.result_source}, reason {primitive.diagnostic}"
-            if primitive.result == _PERMANENT:
-                raise PeerRefusedError(f"{self._name}: association rejected, {said}")
-            raise PeerUnavailableError(f"{self._name}: association rejected for now, {said}")
-        raise PeerUnavailableError(f"{self._name}: no association with {self._place}; is the peer running there?")
+    def _hear(self) -> Message:
+        """Hear the response to the last request; requests of the peer are answered meanwhile."""
+        while True:
+            try:
+                message = self._dialogue.hear()
+                if not message.field & commands.RESPONSE:
+                    self._serve(message)
+                    continue
+            except DialogueError as error:
+                raise PeerUnavailableError(f"{self._name}: {error}") from error
+            if commands.number(message.command, commands.RESPONDED_TO) == self._message:
+                return message
+
+    def _status(self, message: Message) -> int:
+        if message.status is None:
+            raise PeerUnavailableError(f"{self._name}: an answer without a status")
+        return message.status
+
+    def _serve(self, message: Message) -> None:
+        """Answer a request of the peer: a report of storage commitment, nothing else."""
+        if commands.number(message.command, commands.MESSAGE_ID) is None:
+            raise DialogueError("a request without a message id")
+        status = _UNRECOGNISED_OPERATION
+        if message.field == commands.N_EVENT_REPORT_RQ:
+            report = read_report(message.data, self._dialogue.accepted.syntaxes.get(message.context, IMPLICIT_LE))
+            status = _PROCESSING_FAILURE if report is None else _SUCCESS
+            if report is not None and self._on_report is not None:
+                self._on_report(report)
+            self._reported = True
+        self._dialogue.say(message.context, commands.respond(message.command, status))
+
+    def _await_report(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self._reported = False
+        try:
+            while not self._reported and self._dialogue.waits(max(0.0, end - time.monotonic())):
+                message = self._dialogue.hear()
+                if not message.field & commands.RESPONSE:
+                    self._serve(message)
+        except DialogueError as error:
+            raise PeerUnavailableError(f"{self._name}: {error}") from error
+
+    def _plain_context(self, sop_class: str) -> tuple[int, str] | None:
+        return next(
+            ((self._accepted[sop_class, one], one) for one in _PLAIN if (sop_class, one) in self._accepted), None
+        )
+
+    def _need(self, sop_class: str) -> tuple[int, str]:
+        found = self._plain_context(sop_class)
+        if found is None:
+            raise PeerUnavailableError(f"{self._name}: the peer does not offer {sop_class}")
+        return found
 
 
-def _reference(sop_class: str, sop_instance: str) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID = sop_class
-    item.ReferencedSOPInstanceUID = sop_instance
-    return item
+def _instance_in(data: bytes, syntax: str) -> str:
+    walker = Walker(data, syntax)
+    try:
+        return next((walker.text(one) for one in walker.elements() if one.tag == _SOP_INSTANCE), "")
+    except InvalidInstanceError:
+        return ""
 
 
-def _referenced(report: Dataset, keyword: str) -> tuple[str, ...]:
-    return tuple(str(item.ReferencedSOPInstanceUID) for item in report.get(keyword, []))
+def _refusal(destination: Destination, error: DialogueError) -> PeerRefusedError | PeerUnavailableError:
+    name = destination.name
+    if error.rejection is not None:
+        result, source, reason = error.rejection
+        said = f"result {result}, source {source}, reason {reason}"
+        if result == _PERMANENT:
+            return PeerRefusedError(f"{name}: association rejected, {said}")
+        return PeerUnavailableError(f"{name}: association rejected for now, {said}")
+    place = f"{destination.ae_title} at {destination.host}:{destination.port}"
+    return PeerUnavailableError(f"{name}: no association with {place} ({error}); is the peer running there?")

@@ -81,3 +81,9 @@ class Space:
         finally:
             with self._lock:
                 self._held.add(-size)
+                self._spare -= size
+
+    def spend(self, size: int) -> None:
+        """Count bytes that were just written, until the disk is asked again."""
+        with self._lock:
+            self._spare -= size

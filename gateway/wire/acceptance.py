@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 VERIFICATION = "1.2.840.10008.1.1"
 STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
 STANDARD_ROOT = "1.2.840.10008."
-_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
+STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 # Storage SOP Classes outside that root (PS3.6 A): instructions, templates, palettes, protocols.
-_STORAGE = frozenset((
+STORAGE = frozenset((
     "1.2.840.10008.5.1.4.34.1", "1.2.840.10008.5.1.4.34.7", "1.2.840.10008.5.1.4.34.10", "1.2.840.10008.5.1.4.38.1",
     "1.2.840.10008.5.1.4.39.1", "1.2.840.10008.5.1.4.43.1", "1.2.840.10008.5.1.4.44.1", "1.2.840.10008.5.1.4.45.1",
     "1.2.840.10008.5.1.1.27", "1.2.840.10008.5.1.1.29", "1.2.840.10008.5.1.1.30",
 ))  # fmt: skip
-_PLAIN = (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE)
+PLAIN = (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE)
 
 
 def is_storage(abstract_syntax: str) -> bool:
     """Tell whether it is a Storage SOP Class: one of the standard's, or a private one."""
     if abstract_syntax.startswith(STANDARD_ROOT):
-        return abstract_syntax.startswith(_STORAGE_ROOT) or abstract_syntax in _STORAGE
+        return abstract_syntax.startswith(STORAGE_ROOT) or abstract_syntax in STORAGE
     return is_uid(abstract_syntax)
 
 
@@ -68,7 +68,7 @@ def _judge(proposed: pdu.Context, config: ScpConfig) -> tuple[int, str]:
     if proposed.abstract_syntax in {VERIFICATION, STORAGE_COMMITMENT}:
         if proposed.abstract_syntax == VERIFICATION and not config.verification.enabled:
             return pdu.ABSTRACT_SYNTAX_NOT_SUPPORTED, first
-        syntaxes = [one for one in syntaxes if one in _PLAIN]
+        syntaxes = [one for one in syntaxes if one in PLAIN]
     elif not is_storage(proposed.abstract_syntax):
         return pdu.ABSTRACT_SYNTAX_NOT_SUPPORTED, first
     if not syntaxes:

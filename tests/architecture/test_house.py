@@ -190,11 +190,11 @@ def test_code_blocks_are_true(path: Path) -> None:
     """Every command and target in a shell block exists; every YAML and Python block parses."""
     import yaml
 
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for language, body in re.findall(r"```(\w*)\n(.*?)```", path.read_text(), re.DOTALL):
         if language in {"sh", "shell", "bash"}:
             for line in body.splitlines():
-                for target in re.findall(r"(?:^|&& )make ([a-z]+)", line):
+                for target in re.findall(r"(?:^|&& )make ([a-z-]+)", line):
                     assert target in targets, f"{name_of(path)}: make {target}"
                 for words in re.findall(r"(?:^|&& |/)clarion ((?:[a-z]+ ?)+)", line):
                     assert _is_command(words.split()), f"{name_of(path)}: clarion {words}"

@@ -1,0 +1,232 @@
+"""An association as its requestor sees it, message by message: say a request, hear its response (PS3.7, PS3.8).
+
+One thread uses it. Every wait has a deadline that begins anew with each progress: a peer that goes on taking or giving
+bytes is waited for, one that stops raises DialogueError, as does one that aborts, releases or says what it may not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gateway.wire import commands, pdu
+from gateway.wire.pdu import PduError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_LONGEST_PDU = 2**20
+# What a response or a report may carry: 10,000 references are 2 MB.
+_LONGEST_DATA_SET = 16 * 2**20
+_DEFAULT_LENGTH = 131072
+# So much is handed to the kernel in one call.
+_AT_ONCE = 2**20
+_HEADER = 6
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+class DialogueError(Exception):
+    """The association is over, or was never made; `rejection` is (result, source, reason) if it was rejected."""
+
+    def __init__(self, reason: str, rejection: tuple[int, int, int] | None = None) -> None:
+        super().__init__(reason)
+        self.rejection = rejection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What was heard: the context, the command set by element number, and the data set, if one came with it."""
+
+    context: int
+    command: Mapping[int, bytes]
+    data: bytes
+
+    @property
+    def field(self) -> int:
+        """The command field."""
+        return commands.number(self.command, commands.FIELD) or 0
+
+    @property
+    def status(self) -> int | None:
+        """The status of a response."""
+        return commands.number(self.command, commands.STATUS)
+
+
+class Dialogue:
+    """An open association. Raises DialogueError where none can be made."""
+
+    def __init__(self, address: tuple[str, int], request: bytes, *, connect_s: float, progress_s: float) -> None:
+        try:
+            self._socket = socket.create_connection(address, connect_s)
+        except OSError as error:
+            raise DialogueError(error.strerror or str(error)) from error
+        self._buffer = bytearray()
+        try:
+            self._prepare(connect_s)
+            self._send(request)
+            self.accepted = self._negotiated()
+            self._prepare(progress_s)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._max_length = self.accepted.max_length or _DEFAULT_LENGTH
+
+    def _prepare(self, seconds: float) -> None:
+        self._socket.setblocking(True)  # noqa: FBT003  as the standard library has it
+        interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+        for option, value in _KEEPALIVE:
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def _negotiated(self) -> pdu.Accepted:
+        kind, body = self._read_pdu()
+        if kind == pdu.ASSOCIATE_RJ and len(body) == 4:  # noqa: PLR2004  a reserved byte and three numbers
+            raise DialogueError("rejected", (body[1], body[2], body[3]))
+        if kind != pdu.ASSOCIATE_AC:
+            raise DialogueError(f"PDU type {kind} in answer to an association request")
+        try:
+            accepted = pdu.parse_accept(body)
+        except PduError as error:
+            raise DialogueError(str(error)) from error
+        if 0 < accepted.max_length < pdu.SMALLEST_MAX_LENGTH:
+            raise DialogueError("the peer announces a maximum length that no PDV fits into")
+        return accepted
+
+    # Saying ----------------------------------------------------------------------------------------------------
+
+    def say(self, context: int, command: bytes, data: bytes | memoryview = b"") -> None:
+        """Say a message: the data set in pieces of the peer's size, everything small in one call to the kernel."""
+        parts: list[bytes | memoryview] = [pdu.p_data(context, pdu.COMMAND, command, self._max_length)]
+        size, view, step = len(parts[0]), memoryview(data), self._max_length - pdu.PDV.size
+        for at in range(0, len(view), step):
+            piece = view[at : at + step]
+            last = pdu.LAST if at + step >= len(view) else 0
+            head = pdu.HEADER.pack(pdu.P_DATA, len(piece) + pdu.PDV.size) + pdu.PDV.pack(len(piece) + 2, context, last)
+            parts += [head, piece]
+            size += len(piece)
+            if size >= _AT_ONCE or len(parts) > 500:  # noqa: PLR2004  below the kernel's limit of 1,024
+                self._send_parts(parts)
+                parts, size = [], 0
+        if parts:
+            self._send_parts(parts)
+
+    def _send_parts(self, parts: Iterable[bytes | memoryview]) -> None:
+        rest = [memoryview(one) for one in parts]
+        while rest:
+            try:
+                sent = self._socket.sendmsg(rest)
+            except OSError as error:
+                raise DialogueError("the peer takes nothing more") from error
+            while rest and sent >= len(rest[0]):
+                sent -= len(rest.pop(0))
+            if rest and sent:
+                rest[0] = rest[0][sent:]
+
+    def _send(self, data: bytes) -> None:
+        self._send_parts((data,))
+
+    # Hearing ---------------------------------------------------------------------------------------------------
+
+    def waits(self, seconds: float) -> bool:
+        """Tell whether something comes within some seconds."""
+        return bool(self._buffer) or bool(select.select([self._socket], [], [], seconds)[0])
+
+    def hear(self) -> Message:
+        """Hear the next message."""
+        command, data, context, done = bytearray(), bytearray(), 0, False
+        expects_data = False
+        while not done:
+            kind, body = self._read_pdu()
+            if kind != pdu.P_DATA:
+                self._over(kind)
+            for context, control, piece in _pdvs(body):  # noqa: B007  of the last one
+                target = command if control & pdu.COMMAND else data
+                target += piece
+                if len(command) > commands.MAX_COMMAND_BYTES or len(data) > _LONGEST_DATA_SET:
+                    raise DialogueError("a message that is too long")
+                if control & pdu.LAST and control & pdu.COMMAND:
+                    expects_data = self._expects_data(command)
+                    done = not expects_data
+                elif control & pdu.LAST:
+                    done = True
+        return Message(context=context, command=_parsed(command), data=bytes(data) if expects_data else b"")
+
+    def _expects_data(self, command: bytearray) -> bool:
+        return commands.number(_parsed(command), commands.DATA_SET_TYPE) != commands.NO_DATA_SET
+
+    def _over(self, kind: int) -> None:
+        if kind == pdu.RELEASE_RQ:
+            with contextlib.suppress(DialogueError):
+                self._send(pdu.RELEASE_RESPONSE)
+        said = {pdu.ABORT: "the association was aborted", pdu.RELEASE_RQ: "the peer released the association"}
+        raise DialogueError(said.get(kind, f"PDU type {kind} on an established association"))
+
+    def _read_pdu(self) -> tuple[int, bytes]:
+        kind, length = pdu.HEADER.unpack(self._exactly(_HEADER))
+        if length > _LONGEST_PDU:
+            raise DialogueError("a PDU longer than announced")
+        return kind, self._exactly(length)
+
+    def _exactly(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            try:
+                more = self._socket.recv(max(65536, count - len(self._buffer)))
+                # Peers with Nagle on answer in pieces, each of which waits for this.
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            except OSError as error:
+                raise DialogueError("no answer before the deadline, or the connection was lost") from error
+            if not more:
+                raise DialogueError("the connection was closed")
+            self._buffer += more
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    # The end ---------------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Release the association, and close; what the peer still says is heard and dropped."""
+        try:
+            self._send(pdu.RELEASE_REQUEST)
+            while self._read_pdu()[0] not in {pdu.RELEASE_RP, pdu.ABORT}:
+                continue
+        except DialogueError:
+            return
+        finally:
+            self._socket.close()
+
+    def abort(self) -> None:
+        """Abort the association, and close."""
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
+            self._socket.send(pdu.abort(0, source=0))
+        self._socket.close()
+
+
+def _parsed(command: bytearray) -> dict[int, bytes]:
+    try:
+        return commands.parse(command)
+    except PduError as error:
+        raise DialogueError(str(error)) from error
+
+
+def _pdvs(body: bytes) -> list[tuple[int, int, bytes]]:
+    """Give context, control header and bytes of each PDV of a P-DATA-TF."""
+    found, at = [], 0
+    while at < len(body):
+        if at + pdu.PDV.size > len(body):
+            raise DialogueError("a PDV that is cut by its PDU")
+        length, context, control = pdu.PDV.unpack_from(body, at)
+        if length < 2 or at + 4 + length > len(body):  # noqa: PLR2004  context and control header
+            raise DialogueError("a PDV longer than its PDU")
+        found.append((context, control, body[at + pdu.PDV.size : at + 4 + length]))
+        at += 4 + length
+    return found

@@ -1,0 +1,97 @@
+"""F31: 100,000 inputs, real files and PDUs bent in every way. No crash, no hang, and the quick scan says what the
+thorough one says: no data set that is cut passes for a whole one."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import suppress
+
+import pytest
+from support.data import real
+from support.raw import CONTEXTS, data_set, store_request
+
+from clarion.dicom import read_attributes, read_head, read_header, split_part10
+from clarion.errors import InvalidInstanceError
+from clarion.scanning import scan
+from gateway.wire import commands, pdu
+from gateway.wire.pdu import PduError
+
+INPUTS = 100_000
+HANG_S = 2.0
+LARGEST = 12_000
+LENGTHS = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xfe\xff\x00\xe0", b"\xff\xff\xff\x7f")
+
+
+def bend(data: bytes, rng: random.Random) -> bytes:
+    bent = bytearray(data)
+    for _ in range(rng.randint(1, 5)):
+        if not bent:
+            break
+        at = rng.randrange(len(bent))
+        match rng.randrange(6):
+            case 0:
+                bent[at] = rng.randrange(256)
+            case 1:
+                del bent[at:]
+            case 2:
+                bent[at:at] = rng.randbytes(rng.randint(1, 12))
+            case 3:
+                del bent[at : at + rng.randint(1, 12)]
+            case 4:
+                bent[at : at + 4] = rng.choice(LENGTHS)
+            case _:
+                piece = bent[at : at + rng.randint(1, 60)]
+                bent[at:at] = piece * rng.randint(1, 20)
+    return bytes(bent[:LARGEST])
+
+
+def seeds() -> list[tuple[bytes, str]]:
+    found = [(data_set("1.2.3"), "1.2.840.10008.1.2.1")]
+    folder = real("malformed").parent
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size < 3_000_000:
+            with suppress(InvalidInstanceError, OSError):
+                data, syntax = split_part10(path.read_bytes())
+                found.append((data[: LARGEST // 2] + data[-LARGEST // 4 :], syntax))
+    return found
+
+
+@pytest.mark.timeout(280)
+def test_bent_data_sets_are_judged_alike_and_in_time() -> None:
+    rng = random.Random(31)
+    corpus = seeds()
+    assert len(corpus) > 50
+    checked = 0
+    for _ in range(INPUTS * 7 // 10):
+        data, syntax = rng.choice(corpus)
+        bent = bend(data, rng)
+        begun = time.monotonic()
+        seen = scan(bent, syntax)
+        assert time.monotonic() - begun < HANG_S
+        if seen.checked and rng.random() < 0.3:
+            header = read_header(bent, syntax)
+            checked += 1
+            assert (seen.fault is None) == (header.fault is None), (bent, syntax, seen.fault, header.fault)
+            if seen.fault is None:
+                assert (seen.study_uid[:60], seen.sop_instance_uid[:60]) == (
+                    header.study_uid[:60],
+                    header.sop_instance_uid[:60],
+                )
+            part = read_head(bent[: len(bent) // 2], len(bent), syntax)
+            assert part is None or header.fault is not None or part == read_attributes(bent, syntax)
+    assert checked > 10_000
+
+
+def test_bent_pdus_and_commands_are_refused_by_name() -> None:
+    rng = random.Random(32)
+    whole = pdu.request("CALLED", "CALLING", CONTEXTS, roles={"1.2.840.10008.1.20.1": (True, False)})[6:]
+    accepted = pdu.accept(pdu.parse_request(whole), [(1, 0, "1.2.840.10008.1.2")], answers_identity=True)[6:]
+    command = store_request("1.2.3")
+    understood = 0
+    for _ in range(INPUTS // 10):
+        for parse, data in ((pdu.parse_request, whole), (pdu.parse_accept, accepted), (commands.parse, command)):
+            with suppress(PduError):
+                parse(bend(data, rng))  # type: ignore[operator]  # three functions of bytes
+                understood += 1
+    assert understood > 1000
