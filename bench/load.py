@@ -82,7 +82,7 @@ def send(port: int, called: str, kind: str, series: int, first: int, count: int,
         kind_of, answer = read_pdu(connection)
         load.latencies.append(time.monotonic() - handed)
         load.sent += 1
-        load.failed += not _is_success(kind_of, answer)
+        load.failed += not is_success(kind_of, answer)
     load.ended = time.monotonic()
     load.cpu = time.process_time() - cpu
     connection.sendall(pdu.RELEASE_REQUEST)
@@ -91,7 +91,7 @@ def send(port: int, called: str, kind: str, series: int, first: int, count: int,
     return load
 
 
-def _is_success(kind: int, answer: bytes) -> bool:
+def is_success(kind: int, answer: bytes) -> bool:
     """Find the status in a response: the element (0000,0900)."""
     at = answer.find(struct.pack("<HHI", 0, 0x0900, 2))
     return kind == pdu.P_DATA and at > 0 and answer[at + 8 : at + 10] == b"\0\0"

@@ -56,6 +56,7 @@ class ScpConfig(Model):
     max_instance_gb: Annotated[float, Field(gt=0, le=4)] = 2.0
     accept_private_sop_classes: bool = True
     reject_unknown_sources: bool = True
+    allow_anybody: bool = False
     verification: VerificationConfig = VerificationConfig()
 
 

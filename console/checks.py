@@ -99,7 +99,14 @@ def notes_on(config: Config) -> list[str]:
 def _check_console(config: Config, located: Located) -> None:
     if not is_loopback(config.console.host) and config.console.token is None:
         located.fault(("console", "host"), f"{config.console.host} is not loopback; set console.token as well")
-    ports = [config.gateway.scp.port, config.console.port]
+    scp = config.gateway.scp
+    if not is_loopback(scp.host) and not scp.reject_unknown_sources and not scp.allow_anybody:
+        located.fault(
+            ("gateway", "scp", "reject_unknown_sources"),
+            f"{scp.host} is not loopback, and without a list anybody there could send, in the clear; list who may in "
+            "gateway.sources, or set gateway.scp.allow_anybody: true",
+        )
+    ports = [scp.port, config.console.port]
     if ports[0] == ports[1]:
         located.fault(("console", "port"), f"{ports[1]} is gateway.scp.port as well; choose another")
 

@@ -263,6 +263,7 @@ BROKEN = [
     ("pipelines: [{id: a, file: nowhere.yaml}]", "cannot be read"),
     ("pipelines: [{id: a, file: 'builtin:chest-ct', destinations: [x]}]", "no destination 'x'"),
     ("console: {host: 0.0.0.0}", "console.token"),
+    ("gateway: {scp: {host: 0.0.0.0, reject_unknown_sources: false}}", "gateway.scp.allow_anybody"),
     ("database: {url: 'mysql://x'}", "postgresql://USER:PASSWORD@HOST:PORT/NAME"),
     ("data: [1", "is not YAML"),
     ("data: a\ndata: b", "written twice"),
