@@ -59,6 +59,7 @@ EFFECTS = (
     "delivery.retry",
     "delivery.supersede",
     "commitment.report",
+    "commitment.settle",
     "ledger.handback",
     "ledger.retry",
     "delivery.replay",

@@ -30,6 +30,7 @@ IMPLEMENTATION_VERSION_NAME = "CLARION_0_1"
 # Values longer than this are not header text that a rule decides by.
 MAX_ATTRIBUTE_BYTES = 256
 _PIXEL_GROUP = 0x7FE0
+_LONGEST_UID = 130
 _ESCAPE = b"\x1b"
 _CHARACTER_SET = 0x00080005
 # As pydicom names them; what nearly every data set has.
@@ -65,7 +66,8 @@ def read_header(data: bytes, transfer_syntax_uid: str) -> Header:
         walker = Walker(plain_encoding(data, transfer_syntax_uid), transfer_syntax_uid)
         for element in walker.elements():
             if element.tag in found:
-                found[element.tag] = walker.text(element)
+                # Whoever claims a UID of megabytes gets what is no UID.
+                found[element.tag] = walker.text(element._replace(end=min(element.end, element.start + _LONGEST_UID)))
     except InvalidInstanceError as error:
         fault = error
     return Header(

@@ -31,8 +31,6 @@ MAX_ELEMENTS = 500_000
 MAX_INFLATE_RATIO = 100
 INFLATE_FREE_BYTES = 64 * 2**20
 MAX_INFLATED_BYTES = 256 * 2**20
-# Of a value that is asked for as text.
-_LONGEST_TEXT = 1024
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -133,8 +131,7 @@ class Walker:
 
     def text(self, element: Element) -> str:
         """Give an element's value as Latin-1 text without padding: enough for UIDs, codes and numbers."""
-        end = min(element.end, element.start + _LONGEST_TEXT)
-        return bytes(self._data[element.start : end]).decode("latin-1").strip(" \0")
+        return bytes(self._data[element.start : element.end]).decode("latin-1").strip(" \0")
 
     def _peek(self, position: int, limit: int) -> int:
         if position + 8 > limit:

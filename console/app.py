@@ -178,6 +178,7 @@ class App:
         """Delivering results."""
         from clarion.events import DeliveryRequested, JobSuperseded, ReplayOrdered  # noqa: PLC0415  as above
         from gateway import tables  # noqa: PLC0415  as above
+        from gateway.answers import CommitmentAnswers  # noqa: PLC0415  as above
         from gateway.delivery import DeliveryStage  # noqa: PLC0415  as above
         from gateway.outbound import Outbound  # noqa: PLC0415  as above
         from gateway.requests import (  # noqa: PLC0415  as above
@@ -197,6 +198,7 @@ class App:
             outbound=Outbound(self.database),
             store=self.store,
             clock=self.clock,
+            answers=CommitmentAnswers(self.database, self.checked.config.gateway, self.clock),
         )
 
     def console(self) -> Stage:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path  # noqa: TC003  typer reads the annotations at run time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from console.command import AsJson, print_json, run
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from clarion.model import Destination
+    from console.sending import Sent
 
 Peer = Annotated[str, typer.Argument(metavar="AE@HOST:PORT", help="The peer, for instance CHEST@127.0.0.1:11112.")]
 Calling = Annotated[str, typer.Option("--calling", "-a", help="Our own AE title: one that the peer knows.")]
@@ -25,7 +30,9 @@ def echo(peer: Peer, calling: Calling = "CLARION", as_json: AsJson = False) -> N
         from gateway.scu import Requestor, Timeouts  # noqa: PLC0415  quick --help
 
         begun = time.monotonic()
-        with Requestor(_peer_of(peer), own_ae=calling, timeouts=Timeouts(connect_s=10, dimse_s=10)) as requestor:
+        with Requestor(
+            _peer_of(peer), own_ae=_title(calling, "--calling"), timeouts=Timeouts(connect_s=10, dimse_s=10)
+        ) as requestor:
             status = requestor.echo()
         seconds = round(time.monotonic() - begun, 4)
         if as_json:
@@ -42,7 +49,7 @@ def send(
     peer: Peer,
     calling: Calling = "CLARION",
     ledger: Annotated[
-        Path | None, typer.Option(help="Append the SOP Instance UIDs that were acknowledged to this file.")
+        Path | None, typer.Option(help="Append each SOP Instance UID to this file as it is acknowledged.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,31 +59,69 @@ def send(
         from rich.console import Console  # noqa: PLC0415  quick --help
         from rich.progress import Progress  # noqa: PLC0415  as above
 
-        from console.sending import send_folder  # noqa: PLC0415  as above
+        from console.sending import Sent, send_folder  # noqa: PLC0415  as above
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        destination, sent = _peer_of(peer), Sent()
+        with _open_ledger(ledger) as file, Progress(
+            console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+        ) as bar:  # fmt: skip
             task = bar.add_task("sending", total=None)
-            sent = send_folder(
-                folder,
-                _peer_of(peer),
-                own_ae=calling,
-                progress=lambda done, all_: bar.update(task, completed=done, total=all_),
-            )
-        if ledger is not None:
-            with ledger.open("a") as file:
-                file.writelines(f"{one}\n" for one in sent.acknowledged)
-        refused = {uid: f"0x{status:04X}" for uid, status in sent.refused}
-        if as_json:
-            print_json({"acknowledged": sent.acknowledged, "refused": refused, "skipped": sent.skipped})
-        else:
-            typer.echo(f"{len(sent.acknowledged)} acknowledged, {len(refused)} refused, {len(sent.skipped)} skipped")
-            for uid, status in refused.items():
-                typer.echo(f"  refused {status} {uid}")
-            for name in sent.skipped:
-                typer.echo(f"  skipped {name}: not a DICOM file that can be sent")
-        return 1 if refused or sent.skipped else 0
+
+            def note(uid: str) -> None:
+                if file is not None:
+                    file.write(f"{uid}\n")
+                    file.flush()
+
+            try:
+                send_folder(
+                    folder,
+                    destination,
+                    own_ae=_title(calling, "--calling"),
+                    progress=lambda done, all_: bar.update(task, completed=done, total=all_),
+                    acknowledged=note,
+                    sent=sent,
+                )
+            finally:
+                _show(sent, as_json=as_json)
+        return 1 if sent.refused or sent.skipped else 0
 
     run(body)
+
+
+def _open_ledger(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    """Open the ledger before anything is sent. Raises ConfigError."""
+    from contextlib import nullcontext  # noqa: PLC0415  quick --help
+
+    from clarion.errors import ConfigError  # noqa: PLC0415  as above
+
+    if path is None:
+        return nullcontext()
+    try:
+        return path.open("a")
+    except OSError as error:
+        raise ConfigError([f"--ledger: {path} cannot be written: {error.strerror}"]) from error
+
+
+def _show(sent: Sent, *, as_json: bool) -> None:
+    """Say how far it came, also when it did not come to its end."""
+    if as_json:
+        refused = [{**asdict(one), "status": f"0x{one.status:04X}"} for one in sent.refused]
+        print_json({"acknowledged": sent.acknowledged, "refused": refused, "skipped": sent.skipped})
+        return
+    typer.echo(f"{len(sent.acknowledged)} acknowledged, {len(sent.refused)} refused, {len(sent.skipped)} skipped")
+    for one in sent.refused:
+        typer.echo(f"  refused 0x{one.status:04X} {one.file} ({one.sop_instance_uid})")
+    for name in sent.skipped:
+        typer.echo(f"  skipped {name}: not a DICOM file that can be sent")
+
+
+def _title(text: str, where: str) -> str:
+    """Check an AE title. Raises ConfigError."""
+    from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+
+    if not 1 <= len(text.strip()) <= 16 or not text.isascii() or not text.isprintable() or "\\" in text:  # noqa: PLR2004  VR AE
+        raise ConfigError([f"{where}: {text!r} is no AE title: 1 to 16 ASCII characters, no backslash"])
+    return text.strip()
 
 
 def _peer_of(text: str) -> Destination:
@@ -86,6 +131,7 @@ def _peer_of(text: str) -> Destination:
 
     title, at, place = text.partition("@")
     host, _, port = place.rpartition(":")
-    if not at or not 1 <= len(title) <= 16 or not title.isascii() or not host or not port.isdigit():  # noqa: PLR2004  VR AE
+    if not at or not host or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004  ports
         raise ConfigError([f"{text!r} is no peer; write AE@HOST:PORT, for instance CHEST@127.0.0.1:11112"])
+    title = _title(title, "the peer")
     return Destination(name=title, ae_title=title, host=host.strip("[]"), port=int(port))

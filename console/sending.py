@@ -20,12 +20,21 @@ _TIMEOUTS = Timeouts(connect_s=10, dimse_s=60)
 _SUCCESS = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A file that was refused, and with which status."""
+
+    file: str
+    sop_instance_uid: str
+    status: int
+
+
 @dataclass(slots=True)
 class Sent:
     """The sender's ledger."""
 
     acknowledged: list[str] = field(default_factory=list)
-    refused: list[tuple[str, int]] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     studies: set[str] = field(default_factory=set)
 
@@ -39,10 +48,21 @@ class _File:
 
 
 def send_folder(
-    folder: Path, peer: Destination, *, own_ae: str, progress: Callable[[int, int], None] = lambda _done, _all: None
+    folder: Path,
+    peer: Destination,
+    *,
+    own_ae: str,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+    acknowledged: Callable[[str], None] = lambda _uid: None,
+    sent: Sent | None = None,
 ) -> Sent:
-    """Send every DICOM file below a folder on one association; what is not DICOM is named as skipped."""
-    files, sent = look_through(folder)
+    """Send every DICOM file below a folder on one association; what is not DICOM is named as skipped.
+
+    `acknowledged` is told at each success; `sent` is filled as it goes, for who wants it when this raises.
+    """
+    files, found = look_through(folder)
+    sent = sent if sent is not None else Sent()
+    sent.skipped, sent.studies = found.skipped, found.studies
     classes = {(one.sop_class, one.syntax) for one in files}
     with Requestor(peer, own_ae=own_ae, classes=classes, timeouts=_TIMEOUTS) as requestor:
         for number, one in enumerate(files, 1):
@@ -50,8 +70,10 @@ def send_folder(
             status = requestor.store(data, sop_class=one.sop_class, sop_instance=one.sop_instance, syntax=one.syntax)
             if status == _SUCCESS:
                 sent.acknowledged.append(one.sop_instance)
+                acknowledged(one.sop_instance)
             else:
-                sent.refused.append((one.sop_instance, status))
+                name = str(one.path.relative_to(folder)) if folder.is_dir() else one.path.name
+                sent.refused.append(Refused(file=name, sop_instance_uid=one.sop_instance, status=status))
             progress(number, len(files))
     return sent
 

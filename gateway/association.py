@@ -16,7 +16,7 @@ import structlog
 
 from clarion.crashpoints import effect, reach
 from clarion.errors import StoreUnavailableError
-from gateway.commitments import MAX_DATA_SET_BYTES, read_report
+from gateway.commitments import MAX_DATA_SET_BYTES, read_report, read_request
 from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
 from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, is_storage, negotiate
@@ -39,6 +39,9 @@ log = structlog.get_logger()
 _NOT_AUTHORISED = 0x0124
 _CLASS_NOT_SUPPORTED = 0x0122
 _UNRECOGNISED_OPERATION = 0x0211
+_RESOURCE_LIMITATION = 0x0213
+# A request is one record of the journal.
+MOST_INSTANCES = 7000
 _DISCARDED_BYTES = 65536
 LINGER_S = 2
 
@@ -299,6 +302,8 @@ class Association:
             return self._store_message()
         if field == commands.N_EVENT_REPORT_RQ and self._abstract_syntax == STORAGE_COMMITMENT:
             return Collected(self._reported) if self._admission.may_report else self._refused(_NOT_AUTHORISED, "")
+        if field == commands.N_ACTION_RQ and self._abstract_syntax == STORAGE_COMMITMENT:
+            return Collected(self._asked) if self._admission.may_store else self._refused(_NOT_AUTHORISED, "")
         return Discarded(Answer(status=_UNRECOGNISED_OPERATION))
 
     @property
@@ -330,6 +335,19 @@ class Association:
     def _refused(self, status: int, reason: str) -> Discarded:
         log.warning("instance.refused", reason=reason, association=self.id)
         return Discarded(Answer(status=status, comment=reason))
+
+    def _asked(self, data: bytes) -> Answer:
+        """Take a request for storage commitment; its result is told later, on an association of ours."""
+        asked = read_request(data, self._negotiated.contexts[self._context].transfer_syntaxes[0])
+        if asked is None:
+            return Answer(status=PROCESSING_FAILURE, comment="no transaction, or no instances")
+        if len(asked.instances) > MOST_INSTANCES:
+            return Answer(status=_RESOURCE_LIMITATION, comment=f"more than {MOST_INSTANCES} instances at once")
+        try:
+            self._intake.commitment_asked(self._request.calling, asked.transaction_uid, asked.instances)
+        except StoreUnavailableError:
+            return Answer(status=_RESOURCE_LIMITATION)
+        return Answer(status=SUCCESS)
 
     def _reported(self, data: bytes) -> Answer:
         """Take a storage commitment result; success only after it is journalled."""

@@ -34,6 +34,7 @@ from gateway.transcode import FALLBACKS, convert
 if TYPE_CHECKING:
     from clarion.config import GatewayConfig
     from clarion.ports import Clock, EventBus, ObjectStore
+    from gateway.answers import Answer, CommitmentAnswers
     from gateway.commitments import Report
     from gateway.outbound import Delivery, Item
 
@@ -51,8 +52,16 @@ class DeliveryStage:
     """The delivery process: takes requests from the bus, works through what is due."""
 
     def __init__(
-        self, *, config: GatewayConfig, bus: EventBus, outbound: Outbound, store: ObjectStore, clock: Clock
+        self,
+        *,
+        config: GatewayConfig,
+        bus: EventBus,
+        outbound: Outbound,
+        store: ObjectStore,
+        clock: Clock,
+        answers: CommitmentAnswers,
     ) -> None:
+        self._answers = answers
         self._config = config
         self._bus = bus
         self._outbound = outbound
@@ -87,6 +96,28 @@ class DeliveryStage:
                 thread = threading.Thread(target=self._work, args=(deliveries,), name=f"delivery-{name}", daemon=True)
                 self._busy[name] = thread
                 thread.start()
+
+        self._start_answers()
+
+    def _start_answers(self) -> None:
+        """Tell the results of storage commitment that are due, a thread for each peer."""
+        places = {one.ae_title: one for one in self._destinations.values()}
+        owed: dict[str, list[Answer]] = {}
+        for answer in self._answers.due(self._clock.now()):
+            owed.setdefault(f"report to {answer.peer}", []).append(answer)
+        for name, answers in owed.items():
+            if name not in self._busy and len(self._busy) < self._config.scu.max_associations:
+                thread = threading.Thread(target=self._tell, args=(answers, places), name=name, daemon=True)
+                self._busy[name] = thread
+                thread.start()
+
+    def _tell(self, answers: list[Answer], places: dict[str, Destination]) -> None:
+        for answer in answers:
+            try:
+                self._answers.tell(answer, places.get(answer.peer))
+            except ClarionError as error:
+                log.warning("commitment.later", peer=answer.peer, reason=str(error))
+                return
 
     def facts(self) -> dict[str, object]:
         """Say which destinations are being served."""

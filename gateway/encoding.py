@@ -34,5 +34,7 @@ def _sequence(items: object, *, implicit: bool) -> bytes:
 
 
 def _text(value: str, vr: str) -> bytes:
+    if vr == "US":
+        return struct.pack("<H", int(value))
     raw = value.encode("ascii", "replace")
     return raw + (b"" if len(raw) % 2 == 0 else b"\0" if vr == "UI" else b" ")

@@ -20,7 +20,7 @@ from clarion.model import UNKNOWN_STUDY, is_uid
 from clarion.scanning import scan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from clarion.adapters.objects import FileStore, IncomingFile
     from clarion.scanning import Scan
@@ -130,6 +130,11 @@ class Intake:
         """Journal a storage commitment result (PS3.4 J.3.3). Raises StoreUnavailableError."""
         fields = {"peer": peer, "transaction_uid": transaction_uid, "stored": stored, "failed": failed}
         self.journal.append("commitment", fields)
+
+    def commitment_asked(self, peer: str, transaction_uid: str, instances: Sequence[tuple[str, str]]) -> None:
+        """Journal a request for storage commitment (PS3.4 J.3.2). Raises StoreUnavailableError."""
+        fields = {"peer": peer, "transaction_uid": transaction_uid, "instances": instances}
+        self.journal.append("commitment-asked", fields)
 
 
 class Reception:

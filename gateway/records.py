@@ -18,6 +18,7 @@ from clarion.adapters.database import replace as replace_row
 from clarion.adapters.outbox import record_events
 from clarion.model import UNKNOWN_STUDY, Instance, ObjectRef, SeriesUid, SopInstanceUid, StudyUid, derive
 from gateway import groups, journal, tables
+from gateway.answers import judge
 from gateway.rulings import key_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Records:
                 self._ignored(connection, entry)
             case "ended":
                 self._ended(connection, entry)
+            case "commitment-asked":
+                insert_new(connection, tables.commitment_answers, [judge(connection, entry.fields, entry.time)])
             case "commitment":
                 replace_row(connection, tables.commitments, {**entry.fields, "received": entry.time.isoformat()})
             case _:

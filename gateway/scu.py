@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Self
 
 from clarion.elements import EXPLICIT_LE, IMPLICIT_LE, Walker
 from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError
-from gateway.commitments import Report, make_request, read_report
+from gateway.commitments import Report, make_report, make_request, read_report
 from gateway.encoding import encode
 from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STORAGE_COMMITMENT, VERIFICATION
 from gateway.wire.dialogue import Dialogue, DialogueError, Message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from clarion.model import Destination
 
@@ -34,6 +34,15 @@ _PENDING = frozenset((0xFF00, 0xFF01))
 # PS3.8 9.3.2: ids are odd and below 256. Three are for other than storage.
 _MOST_CLASSES = 125
 _SOP_INSTANCE = 0x00080018
+# PS3.8 9.3.4, as people look for it.
+_SAID = {
+    (1, 1, 2): "application context not supported",
+    (1, 1, 3): "our AE title, or our address, is not known to the peer",
+    (1, 1, 7): "the peer does not have this AE title",
+    (1, 2, 2): "protocol version not supported",
+    (2, 3, 1): "temporary congestion",
+    (2, 3, 2): "too many associations",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +64,23 @@ class Requestor:
         classes: Iterable[tuple[str, str]] = (),
         timeouts: Timeouts,
         on_report: Callable[[Report], None] | None = None,
+        reports: bool = False,
     ) -> None:
+        """Associate; with `reports` as the SCP of storage commitment that reports a result, and for nothing else."""
         self._name = destination.name
         self._on_report = on_report
         self._reported = False
         self._message = 0
         proposed: list[tuple[str, tuple[str, ...]]] = [(one, (syntax,)) for one, syntax in sorted(set(classes))]
         proposed = proposed[:_MOST_CLASSES]
-        proposed += [(one, _PLAIN) for one in (VERIFICATION, STORAGE_COMMITMENT, STUDY_ROOT_FIND)]
+        others = (STORAGE_COMMITMENT,) if reports else (VERIFICATION, STORAGE_COMMITMENT, STUDY_ROOT_FIND)
+        proposed += [(one, _PLAIN) for one in others]
         self._contexts = [
             pdu.Context(id=2 * index + 1, abstract_syntax=abstract, transfer_syntaxes=syntaxes)
             for index, (abstract, syntaxes) in enumerate(proposed)
         ]
-        request = pdu.request(destination.ae_title, own_ae, self._contexts)
+        roles = {STORAGE_COMMITMENT: (False, True)} if reports else None
+        request = pdu.request(destination.ae_title, own_ae, self._contexts, roles=roles)
         try:
             self._dialogue = Dialogue(
                 (destination.host, destination.port),
@@ -144,6 +157,19 @@ class Requestor:
         if agreed:
             self._await_report(wait_s)
         return agreed
+
+    def report_commitment(
+        self, transaction_uid: str, stored: Iterable[tuple[str, str]], failed: Sequence[tuple[str, str, int]]
+    ) -> int:
+        """Report a result of storage commitment (PS3.4 J.3.3); give the status."""
+        context, syntax = self._need(STORAGE_COMMITMENT)
+        elements = [
+            (commands.AFFECTED_CLASS, commands.ui(STORAGE_COMMITMENT)),
+            (commands.AFFECTED_INSTANCE, commands.ui(_COMMITMENT_INSTANCE)),
+            (commands.EVENT_TYPE, commands.u16(2 if failed else 1)),
+        ]
+        report = make_report(transaction_uid, stored, failed, syntax)
+        return self._status(self._ask(context, commands.N_EVENT_REPORT_RQ, elements, report))
 
     def find(self, study_uid: str, series_uid: str) -> set[str]:
         """Ask which SOP Instance UIDs of a series the peer has."""
@@ -255,6 +281,8 @@ def _refusal(destination: Destination, error: DialogueError) -> PeerRefusedError
     if error.rejection is not None:
         result, source, reason = error.rejection
         said = f"result {result}, source {source}, reason {reason}"
+        if (result, source, reason) in _SAID:
+            said += f" ({_SAID[result, source, reason]})"
         if result == _PERMANENT:
             return PeerRefusedError(f"{name}: association rejected, {said}")
         return PeerUnavailableError(f"{name}: association rejected for now, {said}")

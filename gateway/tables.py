@@ -132,6 +132,22 @@ commitments = sa.Table(
     sa.Column("failed", sa.JSON, nullable=False),
 )
 
+# What peers asked us to commit to, and whether they have been told.
+commitment_answers = sa.Table(
+    "commitment_answers",
+    metadata,
+    sa.Column("transaction_uid", TEXT, primary_key=True),
+    sa.Column("peer", TEXT, primary_key=True),
+    sa.Column("asked", TEXT, nullable=False),
+    sa.Column("stored", sa.JSON, nullable=False),
+    sa.Column("failed", sa.JSON, nullable=False),
+    sa.Column("state", TEXT, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due", TEXT, nullable=False),
+    sa.Column("reason", TEXT, nullable=False, default=""),
+    sa.Index("commitment_answers_due", "state", "due"),
+)
+
 deliveries = sa.Table(
     "deliveries",
     metadata,

@@ -13,6 +13,7 @@ revision, down_revision = "0001", None
 def upgrade() -> None:
     """Make the tables."""
     _commitments()
+    _commitment_answers()
     _deliveries()
     _groups()
     _ignored()
@@ -35,6 +36,22 @@ def _commitments() -> None:
         sa.Column("stored", sa.JSON, nullable=False),
         sa.Column("failed", sa.JSON, nullable=False),
     )
+
+
+def _commitment_answers() -> None:
+    op.create_table(
+        "commitment_answers",
+        sa.Column("transaction_uid", TEXT, primary_key=True),
+        sa.Column("peer", TEXT, primary_key=True),
+        sa.Column("asked", TEXT, nullable=False),
+        sa.Column("stored", sa.JSON, nullable=False),
+        sa.Column("failed", sa.JSON, nullable=False),
+        sa.Column("state", TEXT, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("due", TEXT, nullable=False),
+        sa.Column("reason", TEXT, nullable=False),
+    )
+    op.create_index("commitment_answers_due", "commitment_answers", ["state", "due"])
 
 
 def _deliveries() -> None:

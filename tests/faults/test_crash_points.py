@@ -26,6 +26,7 @@ from clarion.adapters.embedded import EmbeddedBus, read_lag
 from clarion.adapters.memory import ManualClock
 from clarion.adapters.objects import FileStore
 from clarion.adapters.outbox import dead_letters, events_table, find_record, record_of
+from clarion.config import GatewayConfig
 from clarion.crashpoints import EFFECTS
 from clarion.errors import PermanentError
 from clarion.events import DeliveryRequested, Event, JobRequested, JobStarted, JobSuperseded
@@ -33,6 +34,7 @@ from clarion.model import JobId, ResultInstance, ResultSet, derive
 from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
 from gateway import tables
+from gateway.answers import CommitmentAnswers, judge
 from gateway.outbound import Delivery, Outbound
 from gateway.requests import DeliveryRequests, SupersededJobs
 from orchestrator.ledger import Job, Ledger
@@ -44,6 +46,7 @@ SEEDS = (1, 2, 3)
 ONLY_ON_FAILURE = {
     "ledger.fail", "bus.deadletter", "ledger.handback", "commitment.report", "delivery.unverified", "delivery.look",
     "delivery.lost", "delivery.retry", "delivery.supersede", "deadletters.mark", "deadletters.settle",
+    "commitment.settle",
     # Those of replays have a campaign of their own (test_replay_crash.py).
     "ledger.retry", "delivery.replay", "replay.plan", "replay.state", "replay.order", "replay.settle",
 }  # fmt: skip
@@ -167,6 +170,15 @@ class Ledgers:
         assert job is not None
         return job
 
+    def owe(self) -> None:
+        """As if somebody had asked us to commit to an instance."""
+        asked = {"transaction_uid": "1.7", "peer": "P", "instances": [["1.2", "1.3"]]}
+        with self.database.transaction() as connection:
+            connection.execute(tables.commitment_answers.insert(), [judge(connection, asked, MOMENT)])
+
+    def answers(self) -> CommitmentAnswers:
+        return CommitmentAnswers(self.database, GatewayConfig(), ManualClock(MOMENT))
+
     def delivery(self) -> Delivery:
         return self.outbound.due(MOMENT + timedelta(days=1))[0]
 
@@ -187,6 +199,7 @@ class Ledgers:
             found = {
                 table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
                 for table in (
+                    tables.commitment_answers,
                     tables.deliveries,
                     tables.delivery_instances,
                     tables.commitments,
@@ -221,6 +234,10 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
     "commitment.report": (
         lambda _: None,
         lambda one: one.outbound.commitment_reported("1.5", "P", now=MOMENT, stored=("1.1.1",), failed=()),
+    ),
+    "commitment.settle": (
+        lambda one: one.owe(),
+        lambda one: one.answers().tell(one.answers().due(MOMENT)[0], None) if one.answers().due(MOMENT) else None,
     ),
     "deadletters.mark": (
         lambda one: one.bury_request(),

@@ -37,6 +37,7 @@ from clarion.events import DeliveryRequested, JobSuperseded
 from clarion.model import JobId, ObjectRef, ResultInstance, ResultSet, SeriesUid, SopInstanceUid, StudyUid
 from clarion.testing.suites import MOMENT
 from gateway import tables
+from gateway.answers import CommitmentAnswers
 from gateway.delivery import DeliveryStage
 from gateway.outbound import Outbound
 from gateway.requests import DeliveryRequests, SupersededJobs
@@ -81,7 +82,14 @@ class Rig:
             },
         })  # fmt: skip
         self.outbound = Outbound(self.database)
-        self.stage = DeliveryStage(config=config, bus=bus, outbound=self.outbound, store=self.store, clock=self.clock)
+        self.stage = DeliveryStage(
+            config=config,
+            bus=bus,
+            outbound=self.outbound,
+            store=self.store,
+            clock=self.clock,
+            answers=CommitmentAnswers(self.database, config, self.clock),
+        )
         self.bus = bus
 
     def request(self, *, missing: int | None = None) -> None:

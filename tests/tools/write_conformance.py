@@ -7,7 +7,7 @@ from pathlib import Path
 from clarion.config import GatewayConfig, ScpConfig
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from gateway.access import REJECTIONS
-from gateway.association import LINGER_S
+from gateway.association import LINGER_S, MOST_INSTANCES
 from gateway.intake import (
     CANNOT_UNDERSTAND,
     DOES_NOT_MATCH_SOP_CLASS,
@@ -52,7 +52,7 @@ checked against a live association (`tests/integration/test_conformance.py`).
 |---|---|---|
 | Verification ({VERIFICATION}) | yes | yes |
 | Storage (all, see 2.2) | yes | yes: what pipelines make |
-| Storage Commitment Push Model ({STORAGE_COMMITMENT}) | no: its reports are accepted | yes |
+| Storage Commitment Push Model ({STORAGE_COMMITMENT}) | yes (2.4) | yes: results accepted on either |
 | Study Root Query/Retrieve FIND | no | yes, where a destination offers no commitment |
 
 ## 2. The acceptor (gateway, port {scp.port} by default)
@@ -101,6 +101,13 @@ taken, result {pdu.TRANSFER_SYNTAXES_NOT_SUPPORTED}. Data sets are kept byte for
 | status | when |
 |---|---|
 {statuses}
+
+### 2.4 Storage commitment
+
+N-ACTION of a source gets 0x0000 when the request is journalled, 0x0110 when it names no transaction or no instances,
+0x0213 for more than {MOST_INSTANCES} instances, 0x0124 from who may not store. The result goes to the destination in
+the configuration that has the peer's AE title, on an association that proposes us as SCP by role selection: event type
+1, or 2 with the reasons 0x0112 (no such instance) and 0x0119 (another SOP Class).
 
 C-CANCEL on a storage context is ignored. A request that is none of these gets 0x0211.
 
