@@ -54,9 +54,9 @@ class Frame:
         return bytes(data)
 
 
-def frames(kind: str, series: int, big_mb: int = 256) -> list[Frame]:
-    """Make the frames of one series: `kind` is ct, small, tiny or big."""
-    return [_frame(one) for one in data_sets(kind, series, big_mb)]
+def frames(kind: str, series: int, big_mb: int = 256, max_length: int = PDU_LENGTH) -> list[Frame]:
+    """Make the frames of one series, in PDUs of the receiver's size: `kind` is ct, small, tiny or big."""
+    return [_frame(one, max_length) for one in data_sets(kind, series, big_mb)]
 
 
 def data_sets(kind: str, series: int, big_mb: int = 256) -> list[bytes]:
@@ -92,14 +92,14 @@ def _encode(path: Path, kind: str, series: int, big_mb: int) -> bytes:
     return raw[144 + length :]
 
 
-def _frame(data_set: bytes) -> Frame:
+def _frame(data_set: bytes, max_length: int) -> Frame:
     uid = uid_of(0)
     command = commands.make([
         (commands.AFFECTED_CLASS, commands.ui(CT)), (commands.FIELD, commands.u16(commands.C_STORE_RQ)),
         (commands.MESSAGE_ID, commands.u16(1)), (commands.PRIORITY, commands.u16(commands.MEDIUM)),
         (commands.DATA_SET_TYPE, commands.u16(commands.WITH_DATA_SET)), (commands.AFFECTED_INSTANCE, commands.ui(uid)),
     ])  # fmt: skip
-    data = bytearray(pdu.p_data(1, pdu.COMMAND, command) + pdu.p_data(1, 0, data_set, PDU_LENGTH))
+    data = bytearray(pdu.p_data(1, pdu.COMMAND, command) + pdu.p_data(1, 0, data_set, max_length))
     return Frame(data, data_set, _find(bytes(data), uid), _find(data_set, uid))
 
 

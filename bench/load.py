@@ -37,6 +37,11 @@ class Load:
 
 def associate(port: int, called: str, calling: str = "SENDER") -> socket.socket:
     """Open an association for CT images."""
+    return negotiate(port, called, calling)[0]
+
+
+def negotiate(port: int, called: str, calling: str = "SENDER") -> tuple[socket.socket, int]:
+    """Open an association for CT images; give the length of PDU to send as well."""
     connection = socket.create_connection(("127.0.0.1", port), 60)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     context = pdu.Context(id=1, abstract_syntax=CT, transfer_syntaxes=(SYNTAX,))
@@ -44,10 +49,7 @@ def associate(port: int, called: str, calling: str = "SENDER") -> socket.socket:
     kind, body = read_pdu(connection)
     if kind != pdu.ASSOCIATE_AC:
         raise SystemExit(f"association refused: PDU {kind} {body.hex()}")
-    accepted = pdu.parse_accept(body)
-    if accepted.max_length and accepted.max_length < PDU_LENGTH:
-        raise SystemExit(f"the receiver announces {accepted.max_length}: the frames do not fit")
-    return connection
+    return connection, min(PDU_LENGTH, pdu.parse_accept(body).max_length or PDU_LENGTH)
 
 
 def read_pdu(connection: socket.socket) -> tuple[int, bytes]:
@@ -68,9 +70,9 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 def send(port: int, called: str, kind: str, series: int, first: int, count: int, gate: int) -> Load:
     """Send `count` instances, numbered from `first`; begins when the other end of `gate` closes."""
-    made = frames(kind, series)
     load = Load()
-    connection = associate(port, called)
+    connection, length = negotiate(port, called)
+    made = frames(kind, series, max_length=length)
     os.write(gate, b"r")
     os.read(gate, 1)
     cpu = time.process_time()

@@ -165,6 +165,8 @@ def _preload(folder: Path) -> Path:
 
 def _orthanc(root: Path, stack: ExitStack) -> Receiver:
     dicom, http = free_port(), free_port()
+    # At its best: its DICOM library has Nagle on unless it is told not to.
+    os.environ["TCP_NODELAY"] = "1"
     process = start_orthanc(root / "orthanc", dicom=dicom, http=http, caller=("SENDER", free_port()))
     stack.callback(process.wait)
     stack.callback(process.kill)

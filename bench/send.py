@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -68,7 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         sink(server)
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
@@ -79,6 +81,8 @@ def main() -> None:
                 took = {one.__name__: one(port, paths) for one in order}
                 ours, theirs = took["_ours"], took["_storescu"]
                 found.setdefault(kind, []).append((theirs[0] / ours[0], ours[1] / theirs[1]))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     for kind, ratios in found.items():
         for name, index in (("P18 rate", 0), ("P19 CPU", 1)):
             values = sorted(round(one[index], 2) for one in ratios)
