@@ -70,7 +70,7 @@ class Dialogue:
             self._send(request)
             self.accepted = self._negotiated()
             self._prepare(progress_s)
-        except BaseException:
+        except BaseException:  # whatever it was, the descriptor is not left open
             self._socket.close()
             raise
         self._max_length = self.accepted.max_length or _DEFAULT_LENGTH
