@@ -14,10 +14,12 @@ from pathlib import Path
 from pydicom import dcmread, dcmwrite
 from pydicom.uid import ExplicitVRLittleEndian
 
+from clarion.dicom import part10
 from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
 from gateway.wire import commands, pdu
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
+EXPLICIT = "1.2.840.10008.1.2.1"
 PDU_LENGTH = 131072
 _UID = "1.2.826.0.1.3680043.9.7433.1.{:020d}"
 UID_BYTES = len(_UID.format(0))
@@ -66,6 +68,19 @@ def data_sets(kind: str, series: int, big_mb: int = 256) -> list[bytes]:
         return [_encode(path, kind, series, big_mb) for path in write_phantom(phantom, Path(folder))][
             : 1 if kind == "big" else None
         ]
+
+
+def write_files(kind: str, count: int, first: int, folder: Path) -> list[str]:
+    """Write Part 10 files of new instances, numbered from `first`; give their paths."""
+    folder.mkdir(parents=True)
+    made, paths = data_sets(kind, 0), []
+    for number in range(count):
+        uid = uid_of(first + number)
+        data = made[number % len(made)].replace(uid_of(0).encode(), uid.encode())
+        path = folder / f"{number}.dcm"
+        path.write_bytes(part10(data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT))
+        paths.append(str(path))
+    return paths
 
 
 def _encode(path: Path, kind: str, series: int, big_mb: int) -> bytes:

@@ -12,14 +12,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import CT, PDU_LENGTH, frames
+from data import CT, EXPLICIT, PDU_LENGTH, frames
 
 from gateway.wire import pdu
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SYNTAX = "1.2.840.10008.1.2.1"
 _RESPONSE = 6
 
 
@@ -44,7 +43,7 @@ def negotiate(port: int, called: str, calling: str = "SENDER") -> tuple[socket.s
     """Open an association for CT images; give the length of PDU to send as well."""
     connection = socket.create_connection(("127.0.0.1", port), 60)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    context = pdu.Context(id=1, abstract_syntax=CT, transfer_syntaxes=(SYNTAX,))
+    context = pdu.Context(id=1, abstract_syntax=CT, transfer_syntaxes=(EXPLICIT,))
     connection.sendall(pdu.request(called, calling, [context], max_length=PDU_LENGTH))
     kind, body = read_pdu(connection)
     if kind != pdu.ASSOCIATE_AC:

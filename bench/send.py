@@ -19,11 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
-from data import data_sets, uid_of  # noqa: E402
-from senders import CT, EXPLICIT  # noqa: E402
+from data import CT, EXPLICIT, uid_of, write_files  # noqa: E402
 from support.dcmtk import ENVIRONMENT, tool  # noqa: E402
 
-from clarion.dicom import part10, split_part10  # noqa: E402
+from clarion.dicom import split_part10  # noqa: E402
 from clarion.model import Destination  # noqa: E402
 from gateway.scu import Requestor, Timeouts  # noqa: E402
 from gateway.wire import commands, pdu  # noqa: E402
@@ -75,7 +74,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
         for kind, count in _COUNTS.items():
-            paths = _write(kind, count, Path(root) / kind)
+            paths = write_files(kind, count, 0, Path(root) / kind)
             for number in range(options.rounds):
                 order = [_ours, _storescu][:: 1 if number % 2 else -1]
                 took = {one.__name__: one(port, paths) for one in order}
@@ -87,18 +86,6 @@ def main() -> None:
         for name, index in (("P18 rate", 0), ("P19 CPU", 1)):
             values = sorted(round(one[index], 2) for one in ratios)
             print(json.dumps({name: kind, "median": statistics.median(values), "all": values}))
-
-
-def _write(kind: str, count: int, folder: Path) -> list[str]:
-    folder.mkdir()
-    made, paths = data_sets(kind, 0), []
-    for number in range(count):
-        uid = uid_of(number)
-        data = made[number % len(made)].replace(uid_of(0).encode(), uid.encode())
-        path = folder / f"{number}.dcm"
-        path.write_bytes(part10(data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT))
-        paths.append(str(path))
-    return paths
 
 
 def _ours(port: int, paths: list[str]) -> tuple[float, float]:

@@ -16,30 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
-from data import data_sets, uid_of  # noqa: E402
+from data import write_files  # noqa: E402
 from receivers import start  # noqa: E402
 from support.dcmtk import tool  # noqa: E402
 
-from clarion.dicom import part10  # noqa: E402
-
-CT = "1.2.840.10008.5.1.4.1.1.2"
-EXPLICIT = "1.2.840.10008.1.2.1"
 # As it comes: no TCP_NODELAY in its environment.
 _STOCK = {key: value for key, value in os.environ.items() if key != "TCP_NODELAY"}
 _COUNTS = {"small": 60, "ct": 40}
-
-
-def write(kind: str, folder: Path, first: int) -> list[str]:
-    """Write files of new instances."""
-    folder.mkdir(parents=True)
-    made, paths = data_sets(kind, 0), []
-    for number in range(_COUNTS[kind]):
-        uid = uid_of(first + number)
-        data = made[number % len(made)].replace(uid_of(0).encode(), uid.encode())
-        path = folder / f"{number}.dcm"
-        path.write_bytes(part10(data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT))
-        paths.append(str(path))
-    return paths
 
 
 def timed(port: int, called: str, paths: list[str]) -> float:
@@ -60,8 +43,9 @@ def main() -> None:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clarion-bench-")))
         peers = {name: start(name, root / name, stack) for name in ("clarion", "dcmtk-stock")}
         for number in range(options.rounds):
-            for kind in _COUNTS:
-                paths = write(kind, root / f"{kind}{number}", 1000 * (number + 1) + (500 if kind == "ct" else 0))
+            for kind, count in _COUNTS.items():
+                first = 1000 * (number + 1) + (500 if kind == "ct" else 0)
+                paths = write_files(kind, count, first, root / f"{kind}{number}")
                 order = list(peers)[:: 1 if number % 2 else -1]
                 took = {name: timed(peers[name].port, peers[name].called, paths) for name in order}
                 found.setdefault(kind, []).append(took["dcmtk-stock"] / took["clarion"])

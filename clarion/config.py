@@ -16,8 +16,8 @@ from clarion.errors import ConfigError
 from clarion.located import Keys, Located
 
 
-def _ae_title(text: str) -> str:
-    """Check an AE title (PS3.5 6.2, VR AE); outer spaces are not part of it."""
+def check_ae_title(text: str) -> str:
+    """Check an AE title (PS3.5 6.2, VR AE); outer spaces are not part of it. Raises ValueError."""
     trimmed = text.strip(" ")
     if not 1 <= len(trimmed) <= 16:  # noqa: PLR2004  the length of VR AE
         raise ValueError("an AE title has 1 to 16 characters")
@@ -26,7 +26,7 @@ def _ae_title(text: str) -> str:
     return trimmed
 
 
-AeTitle = Annotated[str, AfterValidator(_ae_title)]
+AeTitle = Annotated[str, AfterValidator(check_ae_title)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_-]+$")]
 

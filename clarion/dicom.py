@@ -98,8 +98,10 @@ def read_head(head: bytes, size: int, transfer_syntax_uid: str) -> dict[str, str
 
     Of a deflated data set nothing can be said by its head.
     """
-    if transfer_syntax_uid == DEFLATED_LE or len(head) >= size:
-        return read_attributes(head, transfer_syntax_uid) if len(head) >= size else None
+    if len(head) >= size:
+        return read_attributes(head, transfer_syntax_uid)
+    if transfer_syntax_uid == DEFLATED_LE:
+        return None
     attributes: dict[str, str] = {}
     try:
         _read_attributes(head, size, transfer_syntax_uid, attributes)

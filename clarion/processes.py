@@ -8,6 +8,13 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+_LONGEST_PAUSE_S = 30.0
+_HEALTHY_S = 60.0
+
+
+def pause_after(pause_s: float, ran_s: float, first_s: float) -> float:
+    """Give the pause before a process that has ended is started again: longer each time, unless it ran for long."""
+    return first_s if ran_s > _HEALTHY_S else min(pause_s * 2, _LONGEST_PAUSE_S)
 
 
 def end_with_parent(parent: str, number: signal.Signals = signal.SIGKILL) -> None:

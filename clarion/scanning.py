@@ -92,7 +92,7 @@ def _find_identity(data: Bytes, transfer_syntax_uid: str, found: dict[int, bytes
             if element.tag > _SERIES:
                 return
             if element.tag in _WANTED:
-                found[element.tag] = bytes(data[element.start : min(element.end, element.start + _LONGEST)])
+                _keep(found, element.tag, data, element.start, element.end)
 
 
 class _TooManyElementsError(Exception):
@@ -114,6 +114,11 @@ class _Budgeted(Walker):
 
 def _text(found: dict[int, bytes], tag: int) -> str:
     return found.get(tag, b"").decode("latin-1").strip(" \0")
+
+
+def _keep(found: dict[int, bytes], tag: int, data: Bytes, start: int, end: int) -> None:
+    """Keep a value that is wanted; of one that claims to be long, the beginning."""
+    found[tag] = bytes(data[start : min(end, start + _LONGEST)])
 
 
 def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
@@ -142,7 +147,7 @@ def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
         if position > size:
             raise _beyond(group, number, length, size - start)
         if (tag := group << 16 | number) in _WANTED:
-            found[tag] = bytes(data[start : min(position, start + _LONGEST)])
+            _keep(found, tag, data, start, position)
 
 
 def _walk_implicit(data: Bytes, found: dict[int, bytes]) -> None:
@@ -165,7 +170,7 @@ def _walk_implicit(data: Bytes, found: dict[int, bytes]) -> None:
         if position > size:
             raise _beyond(group, number, length, size - start)
         if (tag := group << 16 | number) in _WANTED:
-            found[tag] = bytes(data[start : min(position, start + _LONGEST)])
+            _keep(found, tag, data, start, position)
 
 
 def _walk_big_endian(data: Bytes, found: dict[int, bytes]) -> None:
@@ -173,7 +178,7 @@ def _walk_big_endian(data: Bytes, found: dict[int, bytes]) -> None:
     try:
         for element in walker.elements():
             if element.tag in _WANTED:
-                found[element.tag] = bytes(data[element.start : min(element.end, element.start + _LONGEST)])
+                _keep(found, element.tag, data, element.start, element.end)
     except InvalidInstanceError:
         if walker.exhausted:
             raise _TooManyElementsError from None

@@ -117,11 +117,13 @@ def _show(sent: Sent, *, as_json: bool) -> None:
 
 def _title(text: str, where: str) -> str:
     """Check an AE title. Raises ConfigError."""
-    from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+    from clarion.config import check_ae_title  # noqa: PLC0415  quick --help
+    from clarion.errors import ConfigError  # noqa: PLC0415  as above
 
-    if not 1 <= len(text.strip()) <= 16 or not text.isascii() or not text.isprintable() or "\\" in text:  # noqa: PLR2004  VR AE
-        raise ConfigError([f"{where}: {text!r} is no AE title: 1 to 16 ASCII characters, no backslash"])
-    return text.strip()
+    try:
+        return check_ae_title(text)
+    except ValueError as error:
+        raise ConfigError([f"{where}: {text!r}: {error}"]) from error
 
 
 def _peer_of(text: str) -> Destination:

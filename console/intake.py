@@ -59,18 +59,19 @@ class IntakeStage:
         self._config = config
         self._data = data
         self._clock = clock
-        FileStore(data / "objects").clear_incoming()
+        self._store = FileStore(data / "objects")
+        self._store.clear_incoming()
         self._space = Space(data, config.intake, measure)
+        self.board = Board(worker_count(config.scp))
         self._settle_logs()
         self._listener = listen(config.scp)
-        self.board = Board(worker_count(config.scp))
         self._channels: Channels = channels(self.board.workers)
         self.receiver = receive(self.board, self._make_guard, self._make_worker)
 
     def _settle_logs(self) -> None:
         """There may have been more workers once: what their logs hold is read as well."""
         folder = self._data / "journal"
-        ours = {f"w{index}" for index in range(worker_count(self._config.scp))}
+        ours = {f"w{index}" for index in range(self.board.workers)}
         for name in set(logs(folder)) - ours:
             settle(folder / name, self._clock)
 
@@ -117,7 +118,7 @@ class IntakeStage:
         doorbell = Doorbell(self._data / "journal", self._data / "wake")
         journal = JournalWriter(self._data / "journal" / f"w{index}", self._clock, on_commit=doorbell.ring)
         intake = Intake(
-            store=FileStore(self._data / "objects"),
+            store=self._store,
             journal=journal,
             space=space,
             ignored_classes={one.ae_title: frozenset(one.ignored_sop_classes) for one in self._config.ae_titles},

@@ -19,6 +19,7 @@ import structlog
 
 from clarion.adapters.database import Database
 from clarion.errors import BusUnavailableError, ResourceBusyError
+from clarion.processes import pause_after
 from clarion.service import read_heartbeats
 from console.app import lock
 from console.schema import create_tables
@@ -36,9 +37,7 @@ log = structlog.get_logger()
 
 READY_S = 60.0
 _LOOK_S = 0.2
-_LONGEST_PAUSE_S = 30.0
-# A stage that ran this long begins again with a short pause.
-_HEALTHY_S = 60.0
+_FIRST_PAUSE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -46,7 +45,7 @@ class _Child:
     stage: str
     process: subprocess.Popen[bytes]
     started: float
-    pause_s: float = 0.5
+    pause_s: float = _FIRST_PAUSE_S
     restart_at: float | None = None
 
 
@@ -116,7 +115,7 @@ class Supervisor:
             if child.process.poll() is None:
                 continue
             if child.restart_at is None:
-                child.pause_s = 0.5 if now - child.started > _HEALTHY_S else min(child.pause_s * 2, _LONGEST_PAUSE_S)
+                child.pause_s = pause_after(child.pause_s, now - child.started, _FIRST_PAUSE_S)
                 child.restart_at = now + child.pause_s
                 log.error("stage.ended", stage=child.stage, status=child.process.returncode, again_in_s=child.pause_s)
             elif now >= child.restart_at:

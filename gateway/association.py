@@ -7,7 +7,6 @@ and concerns nobody else.
 from __future__ import annotations
 
 import socket
-import struct
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,7 +21,8 @@ from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, is_storage, negotiate
 from gateway.wire.commands import number, uid
 from gateway.wire.pdu import PduError
-from gateway.wire.stream import StalledError, Stream, prepare
+from gateway.wire.sockets import prepare, wait
+from gateway.wire.stream import StalledError, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -165,7 +165,7 @@ class Association:
             return
 
     def _serve(self) -> str:
-        prepare(self._connection, self._deadlines)
+        prepare(self._connection, receive_s=self._deadlines.look_s, send_s=self._deadlines.stall_s)
         self._connection.sendall(
             pdu.accept(
                 self._request,
@@ -208,7 +208,7 @@ class Association:
     def _linger(self) -> None:
         """Let the peer close first (ARTIM, PS3.8 9.1.5); not for long, for it still has a slot."""
         try:
-            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LINGER_S, 0))
+            wait(self._connection, socket.SO_RCVTIMEO, LINGER_S)
             self._connection.shutdown(socket.SHUT_WR)
             left = 3
             while left and self._connection.recv(_DISCARDED_BYTES):
@@ -244,8 +244,9 @@ class Association:
             return follows
         if number(self._command, commands.MESSAGE_ID) is None:
             raise PduError(pdu.INVALID_PARAMETER, "a request without a message id")
-        self._message = self._message_of(field)
-        if not follows:
+        if follows:
+            self._message = self._message_of(field)
+        else:
             self._answer_without_data(field)
         return follows
 
@@ -265,7 +266,6 @@ class Association:
         self._answer(message.finish())
 
     def _answer_without_data(self, field: int) -> None:
-        self._forget_message()
         if field == commands.C_ECHO_RQ:
             self._answer(Answer(status=SUCCESS))
         elif field == commands.C_STORE_RQ:

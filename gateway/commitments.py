@@ -68,7 +68,7 @@ def make_report(
         [(_CLASS, "UI", sop_class), (_INSTANCE, "UI", instance), (_REASON, "US", reason)]
         for sop_class, instance, reason in failed
     ]
-    kept = [[(_CLASS, "UI", sop_class), (_INSTANCE, "UI", instance)] for sop_class, instance in stored]
+    kept = _references(stored)
     elements += [(_FAILED, "SQ", lost)] if lost else []
     elements += [(_REFERENCED, "SQ", kept)] if kept else []
     return encode(elements, transfer_syntax_uid)
@@ -76,8 +76,12 @@ def make_report(
 
 def make_request(transaction_uid: str, instances: Iterable[tuple[str, str]], transfer_syntax_uid: str) -> bytes:
     """Make a request for (SOP Class, SOP Instance) pairs (PS3.4 J.3.2.1)."""
-    items = [[(_CLASS, "UI", sop_class), (_INSTANCE, "UI", instance)] for sop_class, instance in instances]
+    items = _references(instances)
     return encode([(_TRANSACTION, "UI", transaction_uid), (_REFERENCED, "SQ", items)], transfer_syntax_uid)
+
+
+def _references(instances: Iterable[tuple[str, str]]) -> list[list[tuple[int, str, str]]]:
+    return [[(_CLASS, "UI", sop_class), (_INSTANCE, "UI", instance)] for sop_class, instance in instances]
 
 
 def read_report(data: bytes, transfer_syntax_uid: str) -> Report | None:

@@ -152,7 +152,7 @@ class Grouping:
         """Take records, in bulk where that is possible, until the time is over; give how many."""
         until, at, in_bulk = self._clock.monotonic() + _BATCH_S, 0, True
         while at < len(prepared) and not (at and self._clock.monotonic() > until):
-            ran = self._run(connection, prepared[at:], known, until) if in_bulk else 0
+            ran = self._run(connection, prepared[at:], known, until) if in_bulk else None
             in_bulk = ran is not None
             for one in prepared[at : at + (ran or 0)]:
                 moved[one.entry.log] = one.entry.after

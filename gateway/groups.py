@@ -88,10 +88,8 @@ def instance_of(row: Any) -> Instance:  # noqa: ANN401  a row mapping of `instan
     )
 
 
-def find_or_open(
-    connection: sa.Connection, *, called_ae: str, rule: str, key: str, now: datetime
-) -> tuple[sa.RowMapping, bool]:
-    """Find the group an instance belongs to at this time, or open it; tell whether it is new."""
+def newest(connection: sa.Connection, *, called_ae: str, rule: str, key: str) -> sa.RowMapping | None:
+    """Find the newest group of a key."""
     table = tables.groups
     query = (
         sa.select(table)
@@ -99,7 +97,15 @@ def find_or_open(
         .order_by(table.c.epoch.desc())
         .limit(1)
     )
-    found = connection.execute(query).mappings().one_or_none()
+    return connection.execute(query).mappings().one_or_none()
+
+
+def find_or_open(
+    connection: sa.Connection, *, called_ae: str, rule: str, key: str, now: datetime
+) -> tuple[sa.RowMapping, bool]:
+    """Find the group an instance belongs to at this time, or open it; tell whether it is new."""
+    table = tables.groups
+    found = newest(connection, called_ae=called_ae, rule=rule, key=key)
     if found is not None and not _sealed(found, now):
         return found, False
     epoch = 0 if found is None else found["epoch"] + 1

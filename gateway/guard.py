@@ -43,7 +43,6 @@ _MAX_PENDING_BYTES = 32 * 2**20
 _MOST_RESOLVING = 64
 _LOOK_S = 1.0
 _ACCEPTED_AT_ONCE = 64
-_HEADER = 6
 _READ = 65536
 _RESOLVERS = 4
 # While no worker is there, so long nobody is told so: a worker that died is replaced by then.
@@ -201,21 +200,21 @@ class Guard:
                 return
             try:
                 if self._wanted(one) == 0:
-                    self._asked(one, bytes(one.data[_HEADER:]))
+                    self._asked(one, bytes(one.data[pdu.HEADER.size :]))
             except PduError as error:
                 self._refuse(one, pdu.abort(error.reason), MALFORMED, str(error))
 
     def _wanted(self, one: _Pending) -> int:
         """Tell how many bytes of the request are missing; never more is read, for what follows is the worker's."""
-        if len(one.data) < _HEADER:
-            return _HEADER - len(one.data)
+        if len(one.data) < pdu.HEADER.size:
+            return pdu.HEADER.size - len(one.data)
         kind, length = pdu.HEADER.unpack_from(one.data)
         if kind != pdu.ASSOCIATE_RQ:
             known = pdu.ASSOCIATE_RQ <= kind <= pdu.ABORT
             raise PduError(pdu.UNEXPECTED_PDU if known else pdu.UNRECOGNISED_PDU, f"PDU type {kind} at first")
         if length > pdu.MAX_ASSOCIATE_BYTES:
             raise PduError(pdu.INVALID_PARAMETER, "an association request of more than 128 KiB")
-        return int(_HEADER + length - len(one.data))
+        return int(pdu.HEADER.size + length - len(one.data))
 
     def _asked(self, one: _Pending, body: bytes) -> None:
         request = pdu.parse_request(body)
@@ -297,7 +296,7 @@ class Guard:
         for at in order:
             number = slots[at].handed + 1
             handover = Handover(
-                number=number, admission=admission, address=one.address, request=bytes(one.data[_HEADER:])
+                number=number, admission=admission, address=one.address, request=bytes(one.data[pdu.HEADER.size :])
             )
             try:
                 socket.send_fds(self._channels[at], [handover.encode()], [one.connection.fileno()])

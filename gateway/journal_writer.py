@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import secrets
 import threading
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from clarion.adapters.files import make_folder, sync_folder
+from clarion.adapters.files import make_folder, map_page
 from clarion.adapters.objects import segment_path
 from clarion.digests import agrees
 from clarion.errors import ResourceBusyError, StoreUnavailableError
@@ -152,12 +151,7 @@ class _CommittedEnd:
     """One number in a mapped file: readers see it at once, and a store is all that it costs."""
 
     def __init__(self, folder: Path) -> None:
-        path = journal.committed_path(folder)
-        if not path.exists() or path.stat().st_size != mmap.PAGESIZE:
-            path.write_bytes(bytes(mmap.PAGESIZE))
-            sync_folder(folder)
-        with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        self._map = map_page(journal.committed_path(folder))
         self._number = memoryview(self._map).cast("Q")
 
     def publish(self, end: Position) -> None:

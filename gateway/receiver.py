@@ -22,7 +22,7 @@ import structlog
 
 from clarion import crashpoints
 from clarion.errors import ResourceBusyError
-from clarion.processes import end_with_parent
+from clarion.processes import end_with_parent, pause_after
 from gateway.guard import BACKLOG
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 STALL_S = 30.0
 """A connection must ask for an association by then, and a PDU that has begun must be whole."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _HEALTHY_S = 0.2, 30.0, 60.0
+_FIRST_PAUSE_S = 0.2
 _MARGIN_S = 5.0
 
 
@@ -119,8 +119,7 @@ class Receiver:
         now = time.monotonic()
         for child in self._children:
             if child.pid and self._has_ended(child):
-                healthy = now - child.started > _HEALTHY_S
-                child.pause_s = _FIRST_PAUSE_S if healthy else min(child.pause_s * 2, _LONGEST_PAUSE_S)
+                child.pause_s = pause_after(child.pause_s, now - child.started, _FIRST_PAUSE_S)
                 child.restart_at = now + child.pause_s
                 if child.worker is not None:
                     self.board.slot(child.worker).lose()

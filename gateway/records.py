@@ -216,12 +216,18 @@ def _as_sent(known: Instance, entry: journal.Entry) -> Instance:
     return replace(known, **sent)
 
 
-def _insert(connection: sa.Connection, instance: Instance, state: str, reason: str) -> None:
+def row_of(instance: Instance, state: str, reason: str) -> dict[str, Any]:
+    """Make the row of an instance that is new."""
     values = {name: getattr(instance, name) for name in Instance.__dataclass_fields__}
-    stored = {**values, "received": instance.received.isoformat(), "object": asdict(instance.object)}
-    connection.execute(tables.instances.insert().values(**stored, state=state, reason=reason, conflicted=False))
+    described = {"received": instance.received.isoformat(), "object": asdict(instance.object)}
+    return {**values, **described, "state": state, "reason": reason, "conflicted": False}
+
+
+def _insert(connection: sa.Connection, instance: Instance, state: str, reason: str) -> None:
+    row = row_of(instance, state, reason)
+    connection.execute(tables.instances.insert().values(**row))
     if state == "ignored":
-        event = _ignored_event(connection, values, instance.received, reason)
+        event = _ignored_event(connection, row, instance.received, reason)
     else:
         event = stored_event(instance, _sequence_of(connection, instance))
     record_events(connection, [event])

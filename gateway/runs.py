@@ -7,22 +7,23 @@ the first record that is anything else: the caller takes that one, and begins an
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, overload
 
 import sqlalchemy as sa
 
 from clarion.adapters.outbox import record_events
-from clarion.model import Action, Group, GroupId, Instance, ObjectRef
+from clarion.model import Action, ObjectRef
 from gateway import groups, tables
-from gateway.records import new_instance, stored_event
+from gateway.records import new_instance, row_of, stored_event
 from gateway.rulings import TROUBLES, decide, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from clarion.events import Event
+    from clarion.model import Group, Instance
     from gateway.journal import Entry
     from gateway.registry import CalledEntity
 
@@ -33,7 +34,7 @@ class Run:
     """One run within the owner's transaction: `take` until it says no, then `flush`."""
 
     def __init__(self, connection: sa.Connection, registry: Mapping[str, CalledEntity], known: set[str]) -> None:
-        self._connection = connection
+        self.connection = connection
         self._registry = registry
         # SOP Instance UIDs that are stored already, or have come in this batch: they may be duplicates or conflicts.
         self._known = known
@@ -67,9 +68,9 @@ class Run:
         """Write what was taken."""
         if not self._instances:
             return
-        self._connection.execute(tables.instances.insert(), self._instances)
-        self._connection.execute(tables.members.insert(), self._members)
-        record_events(self._connection, self._events)
+        self.connection.execute(tables.instances.insert(), self._instances)
+        self.connection.execute(tables.members.insert(), self._members)
+        record_events(self.connection, self._events)
         self._instances, self._members, self._events = [], [], []
         self._write_studies()
         self._write_groups()
@@ -82,7 +83,7 @@ class Run:
             .values(sequence=sa.bindparam("to"), last_received=sa.bindparam("last"))
         )
         rows = [{"uid": uid, "to": one["sequence"], "last": one["last_received"]} for uid, one in self._studies.items()]
-        self._connection.execute(statement, rows)
+        self.connection.execute(statement, rows)
 
     def _write_groups(self) -> None:
         table = tables.groups
@@ -95,7 +96,7 @@ class Run:
             {"group": one.group_id, "last": one.last.isoformat(), "check": one.check.isoformat(), "why": one.reason}
             for one in self._groups.values()
         ]
-        self._connection.execute(statement, rows)
+        self.connection.execute(statement, rows)
 
     def _add(self, instance: Instance, study: dict[str, Any], group: _OpenGroup) -> None:
         received = instance.received.isoformat()
@@ -103,9 +104,7 @@ class Run:
         study["last_received"] = received
         group.last = group.check = instance.received
         self._known.add(instance.sop_instance_uid)
-        values = {name: getattr(instance, name) for name in Instance.__dataclass_fields__}
-        described = {"received": received, "object": asdict(instance.object), "state": "grouped", "reason": ""}
-        self._instances.append({**values, **described, "conflicted": False})
+        self._instances.append(row_of(instance, "grouped", ""))
         self._members.append(
             {
                 "group_id": group.group_id,
@@ -121,7 +120,7 @@ class Run:
         if study_uid not in self._studies:
             table = tables.studies
             query = sa.select(table).where(table.c.study_uid == study_uid)
-            row = self._connection.execute(query).mappings().one_or_none()
+            row = self.connection.execute(query).mappings().one_or_none()
             if row is None:
                 return None
             self._studies[study_uid] = dict(row)
@@ -131,10 +130,7 @@ class Run:
         """Give the group of a key; None when there is none that is open."""
         name = (entity.ae_title, entity.rule_name, key)
         if name not in self._groups:
-            table = tables.groups
-            here = sa.and_(table.c.called_ae == name[0], table.c.rule == name[1], table.c.key == key)
-            query = sa.select(table).where(here).order_by(table.c.epoch.desc()).limit(1)
-            row = self._connection.execute(query).mappings().one_or_none()
+            row = groups.newest(self.connection, called_ae=name[0], rule=name[1], key=key)
             if row is None or row["state"] != groups.OPEN:
                 return None
             self._groups[name] = _OpenGroup(row, entity, self)
@@ -143,7 +139,7 @@ class Run:
     def _load(self, group_id: str) -> _OpenGroup | None:
         """Take an open group into memory; None when its rule is no longer configured."""
         table = tables.groups
-        row = self._connection.execute(sa.select(table).where(table.c.group_id == group_id)).mappings().one()
+        row = self.connection.execute(sa.select(table).where(table.c.group_id == group_id)).mappings().one()
         entity = self._registry.get(row["called_ae"])
         if entity is None or entity.rule_name != row["rule"]:
             return None
@@ -160,7 +156,7 @@ class Run:
             .order_by(table.c.check_at)
             .limit(_LOOKED_AHEAD)
         )
-        return [(row.group_id, datetime.fromisoformat(row.check_at)) for row in self._connection.execute(query)]
+        return [(row.group_id, datetime.fromisoformat(row.check_at)) for row in self.connection.execute(query)]
 
     def _all_judged(self, now: datetime) -> bool:
         """Ask about every group that is due before `now`; tell whether each simply waits on."""
@@ -179,10 +175,9 @@ class _OpenGroup:
         self.last = datetime.fromisoformat(row["last_received"])
         self.check = datetime.fromisoformat(row["check_at"])
         self.reason: str = row["reason"]
-        self._row = row
-        self._opened = datetime.fromisoformat(row["opened"])
         self._entity = entity
         self._run = run
+        self._group = groups.value_of(run.connection, row)
 
     def judged(self, now: datetime) -> bool:
         """Ask the rule if it is due; tell whether the group simply waits on."""
@@ -196,25 +191,14 @@ class _OpenGroup:
         return True
 
     def _value(self) -> Group:
-        row = self._row
-        return Group(
-            group_id=GroupId(self.group_id),
-            called_ae=row["called_ae"],
-            rule=row["rule"],
-            key=row["key"],
-            epoch=row["epoch"],
-            revision=row["revision"],
-            opened=self._opened,
-            last_received=self.last,
-            instances=_FlushedMembers(self._run, self.group_id),
-        )
+        return replace(self._group, last_received=self.last, instances=_FlushedMembers(self._run, self.group_id))
 
 
 class _FlushedMembers(groups.Members):
     """A group's instances, those of the run included: written before they are looked at."""
 
     def __init__(self, run: Run, group_id: str) -> None:
-        super().__init__(run._connection, group_id)  # noqa: SLF001  of this module
+        super().__init__(run.connection, group_id)
         self._run = run
 
     @overload

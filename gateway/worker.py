@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import struct
 import threading
@@ -17,6 +16,7 @@ from gateway.access import Admission
 from gateway.association import Association
 from gateway.wire import pdu
 from gateway.wire.pdu import PduError
+from gateway.wire.sockets import readable
 
 if TYPE_CHECKING:
     from clarion.config import ScpConfig
@@ -99,7 +99,7 @@ class Worker:
         while not self._stopped:
             if self._slot.taken >= RECYCLE_AFTER and not self._slot.open:
                 return
-            select.select([self._channel.fileno(), self._stopping], [], [], _LOOK_S)
+            readable([self._channel.fileno(), self._stopping], _LOOK_S)
             while not self._stopped and (taken := self._take()) is not None:
                 self._start(*taken)
         self._drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import uuid
@@ -48,6 +49,15 @@ def free_bytes(folder: Path) -> tuple[int, int]:
     """Give the bytes free to us and the size of the folder's file system."""
     usage = shutil.disk_usage(folder)
     return usage.free, usage.total
+
+
+def map_page(path: Path) -> mmap.mmap:
+    """Map a file of one page that processes share, made of zeros when it is not there yet."""
+    if not path.exists() or path.stat().st_size != mmap.PAGESIZE:
+        path.write_bytes(bytes(mmap.PAGESIZE))
+        sync_folder(path.parent)
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), mmap.PAGESIZE)
 
 
 def write_whole(path: Path, data: bytes) -> None:

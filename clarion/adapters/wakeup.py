@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def socket_path(folder: int, name: str) -> str:
+    """Give the path of a socket in an open folder: it may have 107 bytes, and so is short however deep that lies."""
+    return f"/proc/self/fd/{folder}/{name}"
+
+
 class Wakeup:
     """One process's doorbell in a folder that all share. Not thread-safe, except `ring`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A socket's path may have 107 bytes; by way of the open folder it is short however deep the folder lies.
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._name = f"{name}.sock"
         with contextlib.suppress(FileNotFoundError):
@@ -55,4 +59,4 @@ class Wakeup:
         os.close(self._folder)
 
     def _path(self, name: str) -> str:
-        return f"/proc/self/fd/{self._folder}/{name}"
+        return socket_path(self._folder, name)

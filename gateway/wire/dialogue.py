@@ -7,14 +7,13 @@ bytes is waited for, one that stops raises DialogueError, as does one that abort
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gateway.wire import commands, pdu
 from gateway.wire.pdu import PduError
+from gateway.wire.sockets import prepare, readable, wait
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,11 +21,8 @@ if TYPE_CHECKING:
 _LONGEST_PDU = 2**20
 # What a response or a report may carry: 10,000 references are 2 MB.
 _LONGEST_DATA_SET = 16 * 2**20
-_DEFAULT_LENGTH = 131072
 # So much is handed to the kernel in one call.
 _AT_ONCE = 2**20
-_HEADER = 6
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
 class DialogueError(Exception):
@@ -66,25 +62,14 @@ class Dialogue:
             raise DialogueError(error.strerror or str(error)) from error
         self._buffer = bytearray()
         try:
-            self._prepare(connect_s)
+            prepare(self._socket, receive_s=connect_s, send_s=connect_s)
             self._send(request)
             self.accepted = self._negotiated()
-            self._prepare(progress_s)
+            prepare(self._socket, receive_s=progress_s, send_s=progress_s)
         except BaseException:  # whatever it was, the descriptor is not left open
             self._socket.close()
             raise
-        self._max_length = self.accepted.max_length or _DEFAULT_LENGTH
-
-    def _prepare(self, seconds: float) -> None:
-        self._socket.setblocking(True)  # noqa: FBT003  as the standard library has it
-        interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
-        for option, value in _KEEPALIVE:
-            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._max_length = self.accepted.max_length or pdu.MAX_LENGTH
 
     def _negotiated(self) -> pdu.Accepted:
         kind, body = self._read_pdu()
@@ -109,8 +94,7 @@ class Dialogue:
         for at in range(0, len(view), step):
             piece = view[at : at + step]
             last = pdu.LAST if at + step >= len(view) else 0
-            head = pdu.HEADER.pack(pdu.P_DATA, len(piece) + pdu.PDV.size) + pdu.PDV.pack(len(piece) + 2, context, last)
-            parts += [head, piece]
+            parts += [pdu.p_data_head(context, last, len(piece)), piece]
             size += len(piece)
             if size >= _AT_ONCE or len(parts) > 500:  # noqa: PLR2004  below the kernel's limit of 1,024
                 self._send_parts(parts)
@@ -137,7 +121,7 @@ class Dialogue:
 
     def waits(self, seconds: float) -> bool:
         """Tell whether something comes within some seconds."""
-        return bool(self._buffer) or bool(select.select([self._socket], [], [], seconds)[0])
+        return bool(self._buffer) or readable([self._socket.fileno()], seconds)
 
     def hear(self) -> Message:
         """Hear the next message."""
@@ -170,7 +154,7 @@ class Dialogue:
         raise DialogueError(said.get(kind, f"PDU type {kind} on an established association"))
 
     def _read_pdu(self) -> tuple[int, bytes]:
-        kind, length = pdu.HEADER.unpack(self._exactly(_HEADER))
+        kind, length = pdu.HEADER.unpack(self._exactly(pdu.HEADER.size))
         if length > _LONGEST_PDU:
             raise DialogueError("a PDU longer than announced")
         return kind, self._exactly(length)
@@ -206,7 +190,7 @@ class Dialogue:
     def abort(self) -> None:
         """Abort the association, and close."""
         with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
+            wait(self._socket, socket.SO_SNDTIMEO, 1)
             self._socket.send(pdu.abort(0, source=0))
         self._socket.close()
 

@@ -196,18 +196,19 @@ def parse_accept(body: bytes) -> Accepted:
     return Accepted(syntaxes=syntaxes, results=results, max_length=said.max_length, roles=said.roles)
 
 
+def p_data_head(context: int, control: int, size: int) -> bytes:
+    """Make what stands before `size` bytes that are the one PDV of a P-DATA-TF."""
+    return HEADER.pack(P_DATA, size + PDV.size) + PDV.pack(size + 2, context, control)
+
+
 def p_data(context: int, control: int, payload: bytes, max_length: int = 0) -> bytes:
     """Make the P-DATA-TF PDUs of a whole command set or data set; `max_length` 0 is no limit."""
     step = max_length - PDV.size if max_length else len(payload)
     if len(payload) <= step:
-        size = len(payload)
-        return HEADER.pack(P_DATA, size + PDV.size) + PDV.pack(size + 2, context, control | LAST) + payload
+        return p_data_head(context, control | LAST, len(payload)) + payload
     pieces = [payload[at : at + step] for at in range(0, len(payload), step)]
     return b"".join(
-        HEADER.pack(P_DATA, len(piece) + PDV.size)
-        + PDV.pack(len(piece) + 2, context, control | (LAST if piece is pieces[-1] else 0))
-        + piece
-        for piece in pieces
+        p_data_head(context, control | (LAST if piece is pieces[-1] else 0), len(piece)) + piece for piece in pieces
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -26,9 +25,7 @@ BUFFER_BYTES = 128 * 1024
 _TOLERANCE = 12
 # An unfinished PDU or message has to make this much progress within each deadline.
 _PROGRESS_BYTES = 64 * 1024
-_HEADER = 6
 _OTHER_PDU = 4
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +34,11 @@ class Deadlines:
 
     stall_s: float
     idle_s: float
+
+    @property
+    def look_s(self) -> float:
+        """How long nothing may come before the deadlines are looked at."""
+        return max(0.1, min(self.stall_s / 3, 10.0))
 
 
 class StalledError(Exception):
@@ -54,19 +56,6 @@ class Sink(Protocol):
 
     def end_data(self) -> None:
         """The data set is complete."""
-
-
-def prepare(connection: socket.socket, deadlines: Deadlines) -> None:
-    """Set the options of a blocking socket: no Nagle, keep-alive, deadlines that cost no system call."""
-    connection.setblocking(True)  # noqa: FBT003  as the standard library has it
-    look_s = max(0.1, min(deadlines.stall_s / 3, 10.0))
-    for option, seconds in ((socket.SO_RCVTIMEO, look_s), (socket.SO_SNDTIMEO, deadlines.stall_s)):
-        connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(deadlines.stall_s * 1000))
-    for option, value in _KEEPALIVE:
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Stream:
@@ -121,22 +110,22 @@ class Stream:
             elif self._pdu_left:
                 if not self._open_pdv():
                     return ""
-            elif self._end - self._start < _HEADER:
+            elif self._end - self._start < pdu.HEADER.size:
                 return ""
             else:
                 kind, length = pdu.HEADER.unpack_from(self._buffer, self._start)
                 if kind == pdu.P_DATA:
                     self._open_pdu(length)
-                elif self._end - self._start < _HEADER + self._check_other(kind, length):
+                elif self._end - self._start < pdu.HEADER.size + self._check_other(kind, length):
                     return ""
                 else:
-                    self._start += _HEADER + length
+                    self._start += pdu.HEADER.size + length
                     return "released" if kind == pdu.RELEASE_RQ else "aborted"
 
     def _open_pdu(self, length: int) -> None:
         if length > self._max_length + _TOLERANCE:
             raise PduError(pdu.INVALID_PARAMETER, "a PDU longer than announced")
-        self._start += _HEADER
+        self._start += pdu.HEADER.size
         self._pdu_left = length
         if not self._data_context and not self._command_context:
             self._begun = 0.0
@@ -240,7 +229,7 @@ class Stream:
                 if error.errno not in {errno.EAGAIN, errno.EWOULDBLOCK}:
                     return 0
                 now = time.monotonic()
-                since = since or now - self._connection_look_s()
+                since = since or now - self._deadlines.look_s
                 if self._stopping():
                     return 0
                 if now - since >= patience_s:
@@ -249,6 +238,3 @@ class Stream:
                 # The kernel clears it again and again; without it a sender with Nagle on waits 40 ms per instance.
                 self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 return count
-
-    def _connection_look_s(self) -> float:
-        return max(0.1, min(self._deadlines.stall_s / 3, 10.0))

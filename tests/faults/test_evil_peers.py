@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -18,11 +17,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 from support.dcmtk import need
-from support.processes import wait_for_port
+from support.processes import drain_traced, wait_for_port
 from support.raw import CONTEXTS, Raw, associated, data_set, echo_request, store_request
 from support.scp import Serving, serving
 from support.system import describe
-from support.world import free_port, pause
+from support.world import free_port, pause, until
 
 from clarion.service import read_heartbeats
 from console import intake as intake_module
@@ -39,13 +38,6 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     monkeypatch.setattr(intake_module, "STALL_S", 1.5)
     with serving(tmp_path, scp={"max_associations": 200, "max_instance_gb": 0.003}) as one:
         yield one
-
-
-def until(condition: Callable[[], bool], what: str, deadline_s: float = 30) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, what
-        pause(0.02)
 
 
 def forgotten(at: Serving) -> bool:
@@ -406,14 +398,7 @@ def test_no_name_from_the_wire_becomes_a_path(tmp_path: Path) -> None:
                 assert peer.release() == pdu.RELEASE_RP
         assert set(statuses) == {0xC000}
     finally:
-        _end(process)
+        drain_traced(process)
     calls = trace.read_text(errors="replace")
     assert "openat" in calls
     assert "EVIL" not in calls
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Tell what strace runs to drain; strace ends with it."""
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        subprocess.run(["/bin/kill", "-TERM", pid], check=True)
-    assert process.wait(40) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 from support.dcmtk import need, storescu
-from support.processes import wait_for_port
+from support.processes import drain_traced, wait_for_port
 from support.system import describe
-from support.world import free_port, make_series, pause
+from support.world import free_port, make_series
 
 from console.checks import check_config
 from gateway.intake import COLLECTED_BYTES
@@ -59,7 +58,7 @@ def _trace(root: Path, left_out: str = "") -> list[str]:
         large = [_enlarge(path, root / f"large{path.name}") for path in series[:LARGE]]
         assert len(storescu([*series, *large], port)) == SMALL + LARGE
     finally:
-        _end(intake)
+        drain_traced(intake)
     return trace.read_text(errors="replace").splitlines()
 
 
@@ -112,18 +111,3 @@ ANSWER = re.compile(r"sendto\(\d+<(TCP|socket):[^>]*>, \"\\4\\0")
 
 def _matters(path: str) -> bool:
     return path.endswith(".seg") or "/objects/incoming/" in path
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Tell what strace runs to drain; strace ends with it."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    import os
-
-    for pid in children:
-        os.kill(int(pid), signal.SIGTERM)
-    for _ in range(3000):
-        if process.poll() is not None:
-            return
-        pause(0.01)
-    process.kill()
-    raise AssertionError("intake did not drain")

@@ -7,13 +7,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from support.scp import CT, EXPLICIT, Serving, serving
-from support.world import free_port, pause
+from support.world import free_port, until
 
 from clarion.errors import PeerUnavailableError
 from clarion.model import Destination
@@ -29,13 +29,6 @@ def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servi
     with serving(tmp_path, scp={"max_associations": 4, "max_instance_gb": 0.003}) as at:
         at.guard.max_pending = 8
         yield at
-
-
-def until(condition: Callable[[], bool], what: str, deadline_s: float = 20) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, what
-        pause(0.02)
 
 
 def is_cut(connection: socket.socket) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,3 +59,16 @@ def start_orthanc(folder: Path, *, dicom: int, http: int, caller: tuple[str, int
     wait_for_port(dicom, process)
     wait_for_port(http, process)
     return process
+
+
+def drain_traced(process: subprocess.Popen[bytes]) -> None:
+    """Tell what strace runs to drain; strace ends with it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in children:
+        os.kill(int(pid), signal.SIGTERM)
+    for _ in range(3000):
+        if process.poll() is not None:
+            return
+        pause(0.01)
+    process.kill()
+    raise AssertionError("intake did not drain")

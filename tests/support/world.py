@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -294,6 +295,14 @@ def pause(seconds: float) -> None:
     import threading
 
     threading.Event().wait(seconds)
+
+
+def until(condition: Callable[[], bool], what: str, deadline_s: float = 30) -> None:
+    """Wait for a condition; fails naming what was waited for."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, what
+        pause(0.02)
 
 
 def fork(body: Any, log: Path | None = None) -> int:
