@@ -10,10 +10,21 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
 from clarion.errors import ConfigError
 from clarion.located import Keys, Located
+from clarion.model import Destination, TlsFiles
 
 
 def check_ae_title(text: str) -> str:
@@ -26,7 +37,14 @@ def check_ae_title(text: str) -> str:
     return trimmed
 
 
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    """Take a relative path as beside the configuration file."""
+    return (info.context["beside"] / path).resolve() if info.context else path
+
+
 AeTitle = Annotated[str, AfterValidator(check_ae_title)]
+BesideFile = Annotated[Path, AfterValidator(_beside_the_file)]
+TlsProfile = Literal["bcp195", "bcp195-modified"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -41,6 +59,25 @@ class VerificationConfig(Model):
     """The Verification SOP Class."""
 
     enabled: bool = True
+
+
+class ScpTlsConfig(Model):
+    """A second port that speaks TLS 1.2 and 1.3 only (PS3.15 B.12); PEM files, read again when they change.
+
+    With `client_ca` a peer has to show a certificate that one of those vouches for.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 2762
+    certificate: BesideFile
+    key: BesideFile
+    client_ca: BesideFile | None = None
+    profile: TlsProfile = "bcp195"
+
+    @property
+    def files(self) -> TlsFiles:
+        """The files, as the wire takes them."""
+        return TlsFiles(profile=self.profile, trusted=self.client_ca, certificate=self.certificate, key=self.key)
 
 
 class ScpConfig(Model):
@@ -58,6 +95,7 @@ class ScpConfig(Model):
     reject_unknown_sources: bool = True
     allow_anybody: bool = False
     verification: VerificationConfig = VerificationConfig()
+    tls: ScpTlsConfig | None = None
 
 
 class CalledAe(Model):
@@ -78,10 +116,21 @@ class CalledAe(Model):
 
 
 class Source(Model):
-    """Who may send: a calling AE title together with its addresses (address, CIDR or host name, comma-separated)."""
+    """Who may send: a calling AE title together with its addresses (address, CIDR or host name, comma-separated).
+
+    With `user`, the association has to carry that user identity as well, with `passcode` also that (PS3.7 D.3.3.7).
+    """
 
     ae_title: AeTitle
     host: str
+    user: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    passcode: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _passcode_of_a_user(self) -> Source:
+        if self.passcode is not None and self.user is None:
+            raise ValueError("a passcode belongs to a user; add `user`")
+        return self
 
     @field_validator("host")
     @classmethod
@@ -95,6 +144,33 @@ class Source(Model):
         return value
 
 
+class TlsClientConfig(Model):
+    """TLS towards a destination: whom we trust (the system's list if left out), and who we are if it asks."""
+
+    ca: BesideFile | None = None
+    certificate: BesideFile | None = None
+    key: BesideFile | None = None
+    check_host: bool = True
+    profile: TlsProfile = "bcp195"
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> TlsClientConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        return self
+
+    @property
+    def files(self) -> TlsFiles:
+        """The files, as the wire takes them."""
+        return TlsFiles(
+            profile=self.profile,
+            trusted=self.ca,
+            certificate=self.certificate,
+            key=self.key,
+            check_host=self.check_host,
+        )
+
+
 class DestinationConfig(Model):
     """A PACS that results are delivered to."""
 
@@ -102,6 +178,13 @@ class DestinationConfig(Model):
     ae_title: AeTitle
     host: str = Field(min_length=1)
     port: Port
+    tls: TlsClientConfig | None = None
+
+    @property
+    def destination(self) -> Destination:
+        """The destination, as the rest of the program knows it."""
+        tls = self.tls.files if self.tls is not None else None
+        return Destination(name=self.name, ae_title=self.ae_title, host=self.host, port=self.port, tls=tls)
 
 
 class IntakeConfig(Model):
@@ -178,7 +261,7 @@ class KafkaSecurity(Model):
     """How the broker is reached: in the clear on a trusted network, or with TLS, or with a name and a password."""
 
     protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    ca_file: Path | None = None
+    ca_file: BesideFile | None = None
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     username: str | None = None
     password: SecretStr | None = None
@@ -245,7 +328,7 @@ def load_config(path: Path) -> tuple[Config, Located]:
         located.fault((), "must be a mapping of keys, as `clarion config example` prints it")
         _raise(located)
     try:
-        config = Config.model_validate(located.value)
+        config = Config.model_validate(located.value, context={"beside": path.parent})
     except ValidationError as error:
         for fault in error.errors():
             located.fault(tuple(fault["loc"]), _remedy(fault["type"], fault["msg"], tuple(fault["loc"])))

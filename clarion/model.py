@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NewType, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
 StudyUid = NewType("StudyUid", str)
 SeriesUid = NewType("SeriesUid", str)
@@ -180,13 +181,25 @@ def digest_of_identities(identities: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """The PEM files of our side of a TLS association; certificates in `trusted` vouch for the peer."""
+
+    profile: str = "bcp195"
+    trusted: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    check_host: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """A PACS that results are delivered to."""
+    """A PACS that results are delivered to; in the clear without `tls`."""
 
     name: str
     ae_title: str
     host: str
     port: int
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

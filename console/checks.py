@@ -13,13 +13,16 @@ from clarion.errors import ConfigError, InvalidPipelineError
 from clarion.loading import check_package_names
 from gateway.access import matches
 from gateway.registry import load_registry
+from gateway.wire.secure import acceptor_context, requestor_context
 from orchestrator.pipelines import read_pipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from clarion.config import Config
-    from clarion.located import Located
+    from clarion.located import Keys, Located
+    from clarion.model import TlsFiles
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 
@@ -40,6 +43,7 @@ def check_config(path: Path) -> Checked:
     definitions = _check_pipelines(config, located, path.parent)
     _check_rules(config, located)
     _check_console(config, located)
+    _check_tls(config, located)
     _check_database(config, located)
     if config.bus.kind == "kafka" and importlib.util.find_spec("kafka") is None:
         located.fault(("bus", "kind"), "kafka needs the extra: pip install 'clarion-gateway[kafka]'")
@@ -109,6 +113,34 @@ def _check_console(config: Config, located: Located) -> None:
     ports = [scp.port, config.console.port]
     if ports[0] == ports[1]:
         located.fault(("console", "port"), f"{ports[1]} is gateway.scp.port as well; choose another")
+
+
+def _check_tls(config: Config, located: Located) -> None:
+    """Read the PEM files as they will be read, and see that no ports are the same."""
+    scp = config.gateway.scp
+    if scp.tls is not None:
+        keys = ("gateway", "scp", "tls")
+        _try_tls(located, keys, acceptor_context, scp.tls.files)
+        if scp.tls.port in {scp.port, config.console.port}:
+            located.fault((*keys, "port"), f"{scp.tls.port} is used already; choose another")
+        vouched = scp.reject_unknown_sources or scp.tls.client_ca is not None or scp.allow_anybody
+        if not is_loopback(scp.tls.host) and not vouched:
+            located.fault(
+                (*keys, "client_ca"),
+                f"{scp.tls.host} is not loopback, and without a list or client certificates anybody there could "
+                "send; list who may in gateway.sources, set client_ca, or set gateway.scp.allow_anybody: true",
+            )
+    for index, one in enumerate(config.gateway.destinations):
+        if one.tls is not None:
+            _try_tls(located, ("gateway", "destinations", index, "tls"), requestor_context, one.tls.files)
+
+
+def _try_tls(located: Located, keys: Keys, make: Callable[[TlsFiles], object], files: TlsFiles) -> None:
+    try:
+        make(files)
+    except ConfigError as error:
+        for fault in error.faults:
+            located.fault(keys, fault)
 
 
 def _check_database(config: Config, located: Located) -> None:

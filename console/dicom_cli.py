@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path  # noqa: TC003  typer reads the annotations at run time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -14,14 +14,24 @@ from console.command import AsJson, print_json, run
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from clarion.model import Destination
+    from clarion.model import Destination, TlsFiles
     from console.sending import Sent
 
 Peer = Annotated[str, typer.Argument(metavar="AE@HOST:PORT", help="The peer, for instance CHEST@127.0.0.1:11112.")]
+Tls = Annotated[bool, typer.Option("--tls", help="Speak TLS; whom to trust is the system's list, or --tls-ca.")]
+TlsCa = Annotated[Path | None, typer.Option("--tls-ca", help="PEM: who vouches for the peer.", exists=True)]
+TlsCert = Annotated[Path | None, typer.Option("--tls-cert", help="PEM: our certificate and key.", exists=True)]
 Calling = Annotated[str, typer.Option("--calling", "-a", help="Our own AE title: one that the peer knows.")]
 
 
-def echo(peer: Peer, calling: Calling = "CLARION", as_json: AsJson = False) -> None:
+def echo(
+    peer: Peer,
+    calling: Calling = "CLARION",
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    as_json: AsJson = False,
+) -> None:
     """Ask a peer for a C-ECHO; exit status 3 if it cannot be reached now, 1 if it refuses us for good."""
 
     def body() -> int:
@@ -30,8 +40,9 @@ def echo(peer: Peer, calling: Calling = "CLARION", as_json: AsJson = False) -> N
         from gateway.scu import Requestor, Timeouts  # noqa: PLC0415  quick --help
 
         begun = time.monotonic()
+        destination = _peer_of(peer, _tls(tls, tls_ca, tls_cert))
         with Requestor(
-            _peer_of(peer), own_ae=_title(calling, "--calling"), timeouts=Timeouts(connect_s=10, dimse_s=10)
+            destination, own_ae=_title(calling, "--calling"), timeouts=Timeouts(connect_s=10, dimse_s=10)
         ) as requestor:
             status = requestor.echo()
         seconds = round(time.monotonic() - begun, 4)
@@ -51,6 +62,9 @@ def send(
     ledger: Annotated[
         Path | None, typer.Option(help="Append each SOP Instance UID to this file as it is acknowledged.")
     ] = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
     as_json: AsJson = False,
 ) -> None:
     """Send DICOM files by C-STORE as they are; exit status 1 if one was refused, or is no DICOM file."""
@@ -61,7 +75,7 @@ def send(
 
         from console.sending import Sent, send_folder  # noqa: PLC0415  as above
 
-        destination, sent = _peer_of(peer), Sent()
+        destination, sent = _peer_of(peer, _tls(tls, tls_ca, tls_cert)), Sent()
         with _open_ledger(ledger) as file, Progress(
             console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
         ) as bar:  # fmt: skip
@@ -126,7 +140,16 @@ def _title(text: str, where: str) -> str:
         raise ConfigError([f"{where}: {text!r}: {error}"]) from error
 
 
-def _peer_of(text: str) -> Destination:
+def _tls(wanted: bool, trusted: Path | None, certificate: Path | None) -> TlsFiles | None:  # noqa: FBT001  as given
+    """Read the options of TLS; one of them is enough."""
+    from clarion.model import TlsFiles  # noqa: PLC0415  quick --help
+
+    if not wanted and trusted is None and certificate is None:
+        return None
+    return TlsFiles(trusted=trusted, certificate=certificate, key=certificate)
+
+
+def _peer_of(text: str, tls: TlsFiles | None = None) -> Destination:
     """Read AE@HOST:PORT. Raises ConfigError."""
     from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
     from clarion.model import Destination  # noqa: PLC0415  as above
@@ -136,4 +159,4 @@ def _peer_of(text: str) -> Destination:
     if not at or not host or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004  ports
         raise ConfigError([f"{text!r} is no peer; write AE@HOST:PORT, for instance CHEST@127.0.0.1:11112"])
     title = _title(title, "the peer")
-    return Destination(name=title, ae_title=title, host=host.strip("[]"), port=int(port))
+    return Destination(name=title, ae_title=title, host=host.strip("[]"), port=int(port), tls=tls)

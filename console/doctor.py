@@ -14,7 +14,6 @@ from clarion.adapters.database import Database
 from clarion.adapters.files import free_bytes
 from clarion.errors import ClarionError, PeerUnavailableError
 from clarion.loading import check_package_names
-from clarion.model import Destination
 from clarion.service import read_heartbeats
 from console.checks import check_config, notes_on
 from console.topics import kafka_of
@@ -172,11 +171,13 @@ def _names_of_sources(config: Config) -> Iterator[Check]:
 
 
 def _peers(config: Config) -> Iterator[Check]:
+    timeouts = Timeouts(connect_s=_CONNECT_S, dimse_s=_CONNECT_S)
     for one in config.gateway.destinations:
-        peer = Destination(name=one.name, ae_title=one.ae_title, host=one.host, port=one.port)
         try:
             with Requestor(
-                peer, own_ae=config.gateway.scu.ae_title, timeouts=Timeouts(connect_s=_CONNECT_S, dimse_s=_CONNECT_S)
+                one.destination,
+                own_ae=config.gateway.scu.ae_title,
+                timeouts=timeouts,
             ) as requestor:
                 offers = [
                     name

@@ -17,6 +17,7 @@ gateway:
     host: 127.0.0.1                 # 0.0.0.0 to be reached by modalities
     port: 11112
     max_associations: 25
+    # tls: {port: 2762, certificate: ours.pem, key: ours.key, client_ca: modalities.pem}
   scu:
     ae_title: CLARION               # how we call ourselves when we deliver
   ae_titles:                        # what may be called, and the rule that groups what comes

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from clarion.adapters.files import free_bytes
 from clarion.adapters.objects import FileStore
 from gateway.access import AccessList
+from gateway.admitting import Admitting
 from gateway.board import Board, HeldByAll
 from gateway.doorbell import Doorbell
 from gateway.guard import Guard
@@ -15,6 +16,7 @@ from gateway.journal import logs
 from gateway.journal_writer import JournalWriter, settle
 from gateway.receiver import STALL_S, Channels, Receiver, channels, listen, worker_count
 from gateway.space import Space
+from gateway.wire.secure import Renewed, acceptor_context
 from gateway.wire.stream import Deadlines
 from gateway.worker import Worker
 
@@ -64,7 +66,9 @@ class IntakeStage:
         self._space = Space(data, config.intake, measure)
         self.board = Board(worker_count(config.scp))
         self._settle_logs()
-        self._listener = listen(config.scp)
+        self._listener = listen(config.scp.host, config.scp.port)
+        self._tls = config.scp.tls
+        self._secure = listen(self._tls.host, self._tls.port) if self._tls is not None else None
         self._channels: Channels = channels(self.board.workers)
         self.receiver = receive(self.board, self._make_guard, self._make_worker)
 
@@ -85,6 +89,7 @@ class IntakeStage:
         slots = [one.counts for one in self.board.slots]
         return {
             "port": self._config.scp.port,
+            "tls_port": self._tls.port if self._tls is not None else None,
             "associations": self.board.associations,
             "refusals": self.board.refusals,
             "last_refusal": self.board.last_refusal,
@@ -100,17 +105,22 @@ class IntakeStage:
         """Accept no more, let associations end, close the journal."""
         self.receiver.drain(_DRAIN_S)
         self._listener.close()
+        if self._secure is not None:
+            self._secure.close()
 
     def _make_guard(self) -> Guard:
         return Guard(
             self._listener,
             self._channels.guard,
             config=self._config.scp,
-            access=AccessList(self._config),
-            space=Space(self._data, self._config.intake, self._measure),
+            admitting=self._admitting(Space(self._data, self._config.intake, self._measure)),
             board=self.board,
             stall_s=STALL_S,
+            secure=self._secure,
         )
+
+    def _admitting(self, space: Space) -> Admitting:
+        return Admitting(config=self._config.scp, access=AccessList(self._config), space=space, board=self.board)
 
     def _make_worker(self, index: int) -> _JournallingWorker:
         slot = self.board.slot(index)
@@ -127,10 +137,11 @@ class IntakeStage:
             self._channels.worker[index],
             config=self._config.scp,
             intake=intake,
-            board=self.board,
             slot=slot,
             deadlines=Deadlines(stall_s=STALL_S, idle_s=self._config.scp.idle_timeout_s),
             drain_s=_DRAIN_S,
+            admitting=self._admitting(space),
+            tls=Renewed(self._tls.files, acceptor_context) if self._tls is not None else None,
         )
         return _JournallingWorker(worker, journal)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import socket
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from clarion.errors import PeerUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from clarion.config import GatewayConfig
+    from clarion.config import GatewayConfig, Source
+    from gateway.wire.pdu import UserIdentity
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -45,12 +47,15 @@ TOO_MANY = Rejection(check="association-limit", result=2, source=3, reason=2)
 NO_SPACE = Rejection(check="disk-space", result=2, source=3, reason=1)
 CALLING_ELSEWHERE = Rejection(check="calling-address", result=1, source=1, reason=3)
 """The AE title is known, its address is not one of those that it may come from."""
+CALLING_USER = Rejection(check="calling-user", result=1, source=1, reason=1)
+"""The AE title and its address are known, the user identity is not the one that they must come with."""
 UNRESOLVED = Rejection(check="calling-host-unresolved", result=2, source=3, reason=1)
 NOT_READY = Rejection(check="not-ready", result=2, source=3, reason=1)
 OUR_FAULT = Rejection(check="internal-error", result=2, source=3, reason=1)
 
 REJECTIONS = (
     CALLING_UNKNOWN, CALLED_UNKNOWN, TOO_MANY, NO_SPACE, CALLING_ELSEWHERE, UNRESOLVED, NOT_READY, OUR_FAULT,
+    CALLING_USER,
 )  # fmt: skip
 
 
@@ -91,6 +96,7 @@ class AccessList:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._sources = [(source.ae_title, source.host) for source in config.sources]
+        self._users = {(one.ae_title, one.host): one for one in config.sources if one.user is not None}
         self._peers = [(one.ae_title, one.host) for one in config.destinations]
         self._called = {one.ae_title for one in config.ae_titles}
         self._own = config.scu.ae_title
@@ -101,13 +107,17 @@ class AccessList:
         """Tell whether `check` asks for the addresses of a host name, and may wait for them."""
         return calling in self._named
 
-    def check(self, calling: str, called: str, address: str) -> Admission | Rejection:
+    def check(
+        self, calling: str, called: str, address: str, identity: UserIdentity | None = None
+    ) -> Admission | Rejection:
         """Check an association request, once: names may resolve otherwise a moment later.
 
         A source may send to a configured called AE title, a destination may report to us under the name we send by;
         a peer may be both.
         """
         listed = _listed(self._sources, calling, address)
+        if listed and not self._is_user(calling, address, identity):
+            return CALLING_USER
         source = self._open or listed
         destination = _listed(self._peers, calling, address)
         if source is None or (not source and destination is None):
@@ -123,6 +133,22 @@ class AccessList:
             may_report=bool(destination),
             known=bool(listed) or bool(destination),
         )
+
+    def _is_user(self, calling: str, address: str, identity: UserIdentity | None) -> bool:
+        """Tell whether one of the entries that a peer matches is satisfied with its user identity."""
+        entries = [(title, host) for title, host in self._sources if _listed([(title, host)], calling, address)]
+        return any(one not in self._users or _proves(identity, self._users[one]) for one in entries)
+
+
+def _proves(identity: UserIdentity | None, source: Source) -> bool:
+    """Tell whether an identity is the user that a source must come with (PS3.7 D.3.3.7)."""
+    if identity is None or source.user is None:
+        return False
+    named = hmac.compare_digest(identity.name.encode(), source.user.encode())
+    if source.passcode is None:
+        return named
+    secret = source.passcode.get_secret_value().encode()
+    return hmac.compare_digest(identity.secret, secret) and named
 
 
 def _is_numeric(hosts: str) -> bool:

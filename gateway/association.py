@@ -6,7 +6,6 @@ and concerns nobody else.
 
 from __future__ import annotations
 
-import socket
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +20,11 @@ from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, is_storage, negotiate
 from gateway.wire.commands import number, uid
 from gateway.wire.pdu import PduError
-from gateway.wire.sockets import prepare, wait
+from gateway.wire.sockets import close_gently, look_s, prepare, stop_reading
 from gateway.wire.stream import StalledError, Stream
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Mapping
 
     from clarion.config import ScpConfig
@@ -42,7 +42,6 @@ _UNRECOGNISED_OPERATION = 0x0211
 _RESOURCE_LIMITATION = 0x0213
 # A request is one record of the journal.
 MOST_INSTANCES = 7000
-_DISCARDED_BYTES = 65536
 LINGER_S = 2
 
 
@@ -153,19 +152,17 @@ class Association:
         except Exception:  # as above: the slot must not be lost
             log.exception("association.failed", association=self.id)
         finally:
-            self._linger()
+            close_gently(self._connection, LINGER_S)
             self._slot.end()
 
     def stop(self, reason: str) -> None:
         """Have the association aborted, because we end."""
         self._stopped = reason
-        try:
-            self._connection.shutdown(socket.SHUT_RD)
-        except OSError:
-            return
+        stop_reading(self._connection)
 
     def _serve(self) -> str:
-        prepare(self._connection, receive_s=self._deadlines.look_s, send_s=self._deadlines.stall_s)
+        receive_s = look_s(self._connection, self._deadlines.look_s)
+        prepare(self._connection, receive_s=receive_s, send_s=self._deadlines.stall_s)
         self._connection.sendall(
             pdu.accept(
                 self._request,
@@ -204,18 +201,6 @@ class Association:
             self._connection.sendall(data)
         except OSError:
             return
-
-    def _linger(self) -> None:
-        """Let the peer close first (ARTIM, PS3.8 9.1.5); not for long, for it still has a slot."""
-        try:
-            wait(self._connection, socket.SO_RCVTIMEO, LINGER_S)
-            self._connection.shutdown(socket.SHUT_WR)
-            left = 3
-            while left and self._connection.recv(_DISCARDED_BYTES):
-                left -= 1
-        except OSError:
-            pass
-        self._connection.close()
 
     def _ended(self, reason: str) -> None:
         log.info("association.ended", association=self.id, reason=reason)

@@ -17,8 +17,8 @@ CHECKS = (*(one.check for one in REJECTIONS), MALFORMED)
 _CHECKS_AT = 8
 _DRAINING, _PENDING, _SAID_BYTES = 0, 1, 2
 _WORKERS_AT = _CHECKS_AT + 24
-_HANDED, _ENDED, _TAKEN, _HELD, _STORED, _REFUSED, _BYTES, _RESTARTS, _READY = range(9)
-_NUMBERS = 9
+_HANDED, _ENDED, _TAKEN, _HELD, _STORED, _REFUSED, _BYTES, _RESTARTS, _READY, _SECURED, _OPENED = range(11)
+_NUMBERS = 11
 _TEXT_BYTES = 512
 MOST_WORKERS = 16
 
@@ -60,7 +60,7 @@ class Board:
     @property
     def associations(self) -> int:
         """How many associations are open."""
-        return sum(one.open for one in self.slots)
+        return sum(max(0, one.open - one.opening) for one in self.slots)
 
     @property
     def refusals(self) -> dict[str, int]:
@@ -82,7 +82,7 @@ class Board:
 
 
 class Slot:
-    """The numbers of one worker. The guard writes `handed`, the worker all others; `lose` is the parent's.
+    """The numbers of one worker. The guard writes what was handed, the worker all others; `lose` is the parent's.
 
     The threads of a process count through one Slot.
     """
@@ -113,6 +113,19 @@ class Slot:
         """Count a connection that was given to it."""
         self._add(_HANDED, 1)
 
+    @property
+    def opening(self) -> int:
+        """How many connections of those handed over still have to show, under TLS, who they are."""
+        return max(0, self._get(_SECURED) - self._get(_OPENED))
+
+    def hand_secured(self) -> None:
+        """Count a connection under TLS that was given to it."""
+        self._add(_SECURED, 1)
+
+    def opened(self) -> None:
+        """Count a connection under TLS that has asked for its association, or never will."""
+        self._add(_OPENED, 1)
+
     def end(self) -> None:
         """Count an association that has ended."""
         self._add(_ENDED, 1)
@@ -120,6 +133,7 @@ class Slot:
     def begin_anew(self, ended: int) -> None:
         """A worker takes the place: all that were handed to the one before have ended, and nothing is held."""
         self._numbers[self._at + _ENDED] = ended
+        self._numbers[self._at + _OPENED] = self._numbers[self._at + _SECURED]
         self._numbers[self._at + _TAKEN] = self._numbers[self._at + _HELD] = 0
         self._numbers[self._at + _READY] = 1
 

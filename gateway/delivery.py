@@ -68,10 +68,7 @@ class DeliveryStage:
         self._store = store
         self._clock = clock
         self._timeouts = Timeouts(connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s)
-        self._destinations = {
-            one.name.lower(): Destination(name=one.name, ae_title=one.ae_title, host=one.host, port=one.port)
-            for one in config.destinations
-        }
+        self._destinations = {one.name.lower(): one.destination for one in config.destinations}
         self._busy: dict[str, threading.Thread] = {}
         outbound.requeue([one.name for one in self._destinations.values()], clock.now())
 

@@ -19,20 +19,19 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from gateway.access import NO_SPACE, NOT_READY, OUR_FAULT, TOO_MANY, UNRESOLVED, Admission, Rejection
+from gateway.access import TOO_MANY, UNRESOLVED, Admission, Rejection
 from gateway.board import MALFORMED
+from gateway.handover import MOST_SAID_BYTES, Handover, Told
 from gateway.wire import pdu
-from gateway.wire.acceptance import is_storage
 from gateway.wire.pdu import PduError
-from gateway.worker import RECYCLE_AFTER, Handover
+from gateway.worker import RECYCLE_AFTER
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from clarion.config import ScpConfig
-    from gateway.access import AccessList
+    from gateway.admitting import Admitting
     from gateway.board import Board
-    from gateway.space import Space
 
 log = structlog.get_logger()
 
@@ -47,13 +46,16 @@ _READ = 65536
 _RESOLVERS = 4
 # While no worker is there, so long nobody is told so: a worker that died is replaced by then.
 _PATIENCE_S = 5.0
-# Of the associations allowed, this part is kept for known AE titles where unknown ones are let in.
-_RESERVED = 0.2
+# Under TLS a worker has to hear who somebody is: a thread and a few seconds each, for so many at once.
+_MOST_OPENING = 64
 
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A connection that has not been let in; `closing` once it was answered and the peer is to close."""
+    """A connection that has not been let in; `closing` once it was answered and the peer is to close.
+
+    `waiting`: nothing is read from it meanwhile.
+    """
 
     connection: socket.socket
     address: str
@@ -61,10 +63,11 @@ class _Pending:
     data: bytearray
     closing: bool = False
     waiting: bool = False
+    secure: bool = False
 
 
 class Guard:
-    """Serves a listening socket until `stop`. `channels` lead to the workers, in the order of the board's slots."""
+    """Serves the listening sockets until `stop`. `channels` lead to the workers, in the order of the board's slots."""
 
     def __init__(
         self,
@@ -72,23 +75,24 @@ class Guard:
         channels: list[socket.socket],
         *,
         config: ScpConfig,
-        access: AccessList,
-        space: Space,
+        admitting: Admitting,
         board: Board,
         stall_s: float,
+        secure: socket.socket | None = None,
     ) -> None:
-        self._listener = listener
-        self._listener.setblocking(False)  # noqa: FBT003  as the standard library has it
+        self._secure = secure
+        self._listeners = [one for one in (listener, secure) if one is not None]
         self._channels = channels
         self._config = config
-        self._access = access
-        self._space = space
+        self._admitting = admitting
         self._board = board
         self._stall_s = stall_s
         self._stopping = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopped = False
         self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ, None)
+        for one in self._listeners:
+            one.setblocking(False)  # noqa: FBT003  as the standard library has it
+            self._selector.register(one, selectors.EVENT_READ, None)
         self._selector.register(self._stopping, selectors.EVENT_READ, None)
         for worker, channel in enumerate(channels):
             channel.setblocking(False)  # noqa: FBT003  as above
@@ -98,6 +102,8 @@ class Guard:
         self._pending: dict[_Pending, None] = {}
         self._resolving: dict[Future[Admission | Rejection], tuple[_Pending, pdu.Request]] = {}
         self._resolvers: ThreadPoolExecutor | None = None
+        # Under TLS, for want of room with the workers.
+        self._queued: list[_Pending] = []
         # Who has associations: per worker, addresses by the number handed over; how often that worker was replaced.
         self._addresses: list[dict[int, str]] = [{} for _ in channels]
         self._restarts = [0 for _ in channels]
@@ -117,14 +123,15 @@ class Guard:
             if self._waits_for_workers():
                 self._timer.wait(0.01)
                 continue
-            for key, _ in self._selector.select(_LOOK_S if not self._resolving else 0.05):
+            for key, _ in self._selector.select(0.05 if self._resolving or self._queued else _LOOK_S):
                 if isinstance(key.data, _Pending):
                     self._heard(key.data)
                 elif key.data is not None:
-                    self._note_ended(key.data)
-                elif key.fileobj is self._listener:
-                    self._accept()
+                    self._note_told(key.data)
+                elif isinstance(key.fileobj, socket.socket):
+                    self._accept(key.fileobj)
             self._take_resolved()
+            self._take_queued()
             if time.monotonic() - swept > min(_LOOK_S, self._stall_s / 4):
                 swept = time.monotonic()
                 self._sweep(swept)
@@ -141,16 +148,20 @@ class Guard:
         self._unready_since = self._unready_since or time.monotonic()
         return time.monotonic() - self._unready_since < _PATIENCE_S
 
-    def _note_ended(self, worker: int) -> None:
-        """Hear from a worker which associations have ended."""
+    def _note_told(self, worker: int) -> None:
+        """Hear from a worker which connections have ended, and whom it has rejected."""
         with contextlib.suppress(BlockingIOError):
             while True:
-                self._addresses[worker].pop(int.from_bytes(self._channels[worker].recv(8), "little"), None)
+                told = Told.decode(self._channels[worker].recv(MOST_SAID_BYTES + 8))
+                if told.check:
+                    self._board.refused(told.check, told.said)
+                else:
+                    self._addresses[worker].pop(told.number, None)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
-                connection, peer = self._listener.accept()
+                connection, peer = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -160,6 +171,7 @@ class Guard:
             connection.setblocking(False)  # noqa: FBT003  as above
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             one = _Pending(connection, str(peer[0]), time.monotonic(), bytearray())
+            one.secure = listener is self._secure
             self._pending[one] = None
             self._selector.register(connection, selectors.EVENT_READ, one)
             if len(self._pending) > self.max_pending:
@@ -181,8 +193,11 @@ class Guard:
             self._forget(one)
 
     def _heard(self, one: _Pending) -> None:
-        if one not in self._pending:
+        if one not in self._pending or one.waiting:
             return  # cut to make room since the selector spoke of it
+        if one.secure and not one.closing:
+            self._heard_secure(one)
+            return
         try:
             data = one.connection.recv(_READ if one.closing else self._wanted(one))
         except BlockingIOError:
@@ -191,7 +206,7 @@ class Guard:
             data = b""
         if not data:
             self._forget(one)
-        elif not one.closing and not one.waiting:
+        elif not one.closing:
             one.data += data
             self._held += len(data)
             if self._held > _MAX_PENDING_BYTES:
@@ -208,35 +223,49 @@ class Guard:
         """Tell how many bytes of the request are missing; never more is read, for what follows is the worker's."""
         if len(one.data) < pdu.HEADER.size:
             return pdu.HEADER.size - len(one.data)
-        kind, length = pdu.HEADER.unpack_from(one.data)
-        if kind != pdu.ASSOCIATE_RQ:
-            known = pdu.ASSOCIATE_RQ <= kind <= pdu.ABORT
-            raise PduError(pdu.UNEXPECTED_PDU if known else pdu.UNRECOGNISED_PDU, f"PDU type {kind} at first")
-        if length > pdu.MAX_ASSOCIATE_BYTES:
-            raise PduError(pdu.INVALID_PARAMETER, "an association request of more than 128 KiB")
-        return int(pdu.HEADER.size + length - len(one.data))
+        return pdu.HEADER.size + pdu.length_of_request(one.data) - len(one.data)
+
+    def _heard_secure(self, one: _Pending) -> None:
+        """A peer begins to speak TLS: a worker goes on, as soon as there is room."""
+        try:
+            first = one.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            first = b""
+        if not first:
+            self._forget(one)
+        elif first[0] != pdu.TLS_HANDSHAKE:
+            self._refuse(one, pdu.abort(pdu.UNRECOGNISED_PDU), MALFORMED, "no TLS on the port that speaks it")
+        else:
+            one.waiting = True
+            self._selector.unregister(one.connection)
+            self._queued.append(one)
+
+    def _take_queued(self) -> None:
+        """Hand over who speaks TLS, those who came first before the others; who was cut meanwhile is not there."""
+        room = _MOST_OPENING - sum(one.opening for one in self._board.slots)
+        while self._queued and room > 0:
+            one = self._queued.pop(0)
+            if one not in self._pending:
+                continue
+            crowded = self._has_its_share(one.address)
+            if self._hand_over(one, None, crowded=crowded):
+                room -= 1
+            else:
+                self._forget(one)
 
     def _asked(self, one: _Pending, body: bytes) -> None:
         request = pdu.parse_request(body)
-        if 0 < request.max_length < pdu.SMALLEST_MAX_LENGTH:
-            raise PduError(pdu.INVALID_PARAMETER, "a maximum length that no PDV fits into")
-        if not request.version & 1:
-            self._reject(one, request, Rejection(check=MALFORMED, result=1, source=2, reason=2))
-        elif request.application_context != pdu.APPLICATION_CONTEXT:
-            self._reject(one, request, Rejection(check=MALFORMED, result=1, source=1, reason=2))
-        elif not self._access.may_wait(request.calling):
-            self._decide(one, request, self._check(request, one.address))
+        malformed = self._admitting.malformed(request)
+        if malformed is not None:
+            self._reject(one, request, malformed)
+        elif not self._admitting.may_wait(request):
+            self._decide(one, request, self._admitting.check(request, one.address))
         elif len(self._resolving) >= _MOST_RESOLVING:
             self._reject(one, request, UNRESOLVED)
         else:
             self._resolve(one, request)
-
-    def _check(self, request: pdu.Request, address: str) -> Admission | Rejection:
-        try:
-            return self._access.check(request.calling, request.called, address)
-        except Exception:  # whatever we got wrong, nobody comes in by it
-            log.exception("association.failed", address=address)
-            return OUR_FAULT
 
     def _resolve(self, one: _Pending, request: pdu.Request) -> None:
         """Check by host name, which may wait for a name server: beside the loop."""
@@ -244,7 +273,7 @@ class Guard:
             self._resolvers = ThreadPoolExecutor(_RESOLVERS, thread_name_prefix="resolver")
         one.waiting = True
         self._selector.unregister(one.connection)
-        self._resolving[self._resolvers.submit(self._check, request, one.address)] = one, request
+        self._resolving[self._resolvers.submit(self._admitting.check, request, one.address)] = one, request
 
     def _take_resolved(self) -> None:
         for future in [one for one in self._resolving if one.done()]:
@@ -257,25 +286,12 @@ class Guard:
     def _decide(self, one: _Pending, request: pdu.Request, checked: Admission | Rejection) -> None:
         """Let in or turn away, in the order of the registry specification, 4.1."""
         if isinstance(checked, Admission):
-            refusal = self._refusal(request, one.address, checked)
-            if refusal is None:
-                self._hand_over(one, request, checked)
+            share = self._has_its_share(one.address)
+            refusal = self._admitting.refusal(request, checked, has_its_share=share)
+            if refusal is None and self._hand_over(one, checked, crowded=share):
                 return
-            checked = refusal
+            checked = refusal or TOO_MANY
         self._reject(one, request, checked)
-
-    def _refusal(self, request: pdu.Request, address: str, admission: Admission) -> Rejection | None:
-        if self._board.draining:
-            return NOT_READY
-        if not any(one.ready for one in self._board.slots):
-            return NOT_READY
-        most = self._config.max_associations
-        if not admission.known:
-            most -= max(1, int(most * _RESERVED))
-        if self._board.associations >= most or self._has_its_share(address):
-            return TOO_MANY
-        storage = any(is_storage(one.abstract_syntax) for one in request.contexts)
-        return NO_SPACE if storage and not self._space.available() else None
 
     def _has_its_share(self, address: str) -> bool:
         """Tell whether an address has as many associations as one may have."""
@@ -289,24 +305,31 @@ class Guard:
                 self._addresses[worker].clear()
         return sum(Counter(held.values())[address] for held in self._addresses) >= most
 
-    def _hand_over(self, one: _Pending, request: pdu.Request, admission: Admission) -> None:
+    def _hand_over(self, one: _Pending, admission: Admission | None, *, crowded: bool) -> bool:
+        """Give a connection to the worker with the fewest; tell whether one took it."""
         slots = list(self._board.slots)
         ready = [at for at in range(len(slots)) if slots[at].ready]
         order = sorted(ready, key=lambda at: (slots[at].taken >= RECYCLE_AFTER, slots[at].open))
         for at in order:
             number = slots[at].handed + 1
             handover = Handover(
-                number=number, admission=admission, address=one.address, request=bytes(one.data[pdu.HEADER.size :])
+                number=number,
+                address=one.address,
+                admission=admission,
+                request=bytes(one.data[pdu.HEADER.size :]),
+                crowded=crowded,
             )
             try:
                 socket.send_fds(self._channels[at], [handover.encode()], [one.connection.fileno()])
             except OSError:
                 continue
             slots[at].hand()
+            if admission is None:
+                slots[at].hand_secured()
             self._addresses[at][number] = one.address
             self._forget(one)
-            return
-        self._reject(one, request, TOO_MANY)
+            return True
+        return False
 
     def _reject(self, one: _Pending, request: pdu.Request, rejection: Rejection) -> None:
         who = {"calling_ae": request.calling, "called_ae": request.called, "address": one.address}

@@ -49,13 +49,13 @@ class Runnable(Protocol):
         """Make `run` return."""
 
 
-def listen(config: ScpConfig) -> socket.socket:
-    """Open the port. Raises ResourceBusyError."""
+def listen(host: str, port: int) -> socket.socket:
+    """Open a port. Raises ResourceBusyError."""
     try:
-        return socket.create_server((config.host, config.port), backlog=BACKLOG)
+        return socket.create_server((host, port), backlog=BACKLOG)
     except OSError as error:
         raise ResourceBusyError(
-            f"gateway.scp: cannot listen on {config.host}:{config.port}: {error.strerror}; is the port taken by "
+            f"gateway.scp: cannot listen on {host}:{port}: {error.strerror}; is the port taken by "
             "another program, or below 1024 without permission?"
         ) from error
 

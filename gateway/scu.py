@@ -6,6 +6,7 @@ refuses the association for good raises PeerRefusedError.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -17,11 +18,12 @@ from gateway.encoding import encode
 from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STORAGE_COMMITMENT, VERIFICATION
 from gateway.wire.dialogue import Dialogue, DialogueError, Message
+from gateway.wire.secure import Renewed, requestor_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from clarion.model import Destination
+    from clarion.model import Destination, TlsFiles
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 _COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"
@@ -87,6 +89,7 @@ class Requestor:
                 request,
                 connect_s=timeouts.connect_s,
                 progress_s=timeouts.dimse_s,
+                tls=_context_of(destination.tls).context() if destination.tls is not None else None,
             )
         except DialogueError as error:
             raise _refusal(destination, error) from error
@@ -266,6 +269,12 @@ class Requestor:
         if found is None:
             raise PeerUnavailableError(f"{self._name}: the peer does not offer {sop_class}")
         return found
+
+
+@functools.cache
+def _context_of(files: TlsFiles) -> Renewed:
+    """Give the context of a destination's files: made once, and again when they change. Raises ConfigError."""
+    return Renewed(files, requestor_context)
 
 
 def _instance_in(data: bytes, syntax: str) -> str:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from gateway.access import Admission
 from gateway.association import Association
+from gateway.handover import MOST_BYTES, Handover, Told
+from gateway.secured import Secured
 from gateway.wire import pdu
 from gateway.wire.pdu import PduError
 from gateway.wire.sockets import readable
 
 if TYPE_CHECKING:
     from clarion.config import ScpConfig
-    from gateway.board import Board, Slot
+    from gateway.access import Admission
+    from gateway.admitting import Admitting
+    from gateway.board import Slot
     from gateway.intake import Intake
+    from gateway.wire.secure import Renewed
     from gateway.wire.stream import Deadlines
 
 log = structlog.get_logger()
@@ -30,36 +32,16 @@ log = structlog.get_logger()
 RECYCLE_AFTER = 10_000
 _LOOK_S = 1.0
 _ABORT_S = 2.0
-_HEAD = struct.Struct("<QBBB")
-_MAX_MESSAGE = pdu.MAX_ASSOCIATE_BYTES + 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Handover:
-    """A connection on its way from the guard to a worker: its number, who it is, and what it asked for."""
+class _Serving(Protocol):
+    """A connection that is served: an association, or what may become one."""
 
-    number: int
-    admission: Admission
-    address: str
-    request: bytes
+    def run(self) -> None:
+        """Serve it to its end. Never raises."""
 
-    def encode(self) -> bytes:
-        """Write it as a message."""
-        address = self.address.encode()
-        may = self.admission.may_store, self.admission.may_report
-        return _HEAD.pack(self.number, *may, len(address)) + address + self.request
-
-    @classmethod
-    def decode(cls, data: bytes) -> Handover:
-        """Read what `encode` wrote."""
-        number, may_store, may_report, size = _HEAD.unpack_from(data)
-        end = _HEAD.size + size
-        return cls(
-            number=number,
-            admission=Admission(may_store=bool(may_store), may_report=bool(may_report)),
-            address=data[_HEAD.size : end].decode(),
-            request=data[end:],
-        )
+    def stop(self, reason: str) -> None:
+        """Have it aborted."""
 
 
 class Worker:
@@ -71,20 +53,22 @@ class Worker:
         *,
         config: ScpConfig,
         intake: Intake,
-        board: Board,
         slot: Slot,
         deadlines: Deadlines,
         drain_s: float,
+        admitting: Admitting,
+        tls: Renewed | None = None,
     ) -> None:
         self._drain_s = drain_s
+        self._admitting = admitting
+        self._tls = tls
         self._channel = channel
         self._channel.setblocking(False)  # noqa: FBT003  as the standard library has it
         self._config = config
         self._intake = intake
-        self._board = board
         self._slot = slot
         self._deadlines = deadlines
-        self._open: dict[Association, threading.Thread] = {}
+        self._open: dict[_Serving, threading.Thread] = {}
         self._stopping = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopped = False
 
@@ -115,7 +99,7 @@ class Worker:
     def _take(self) -> tuple[Handover, socket.socket | None] | None:
         """Take the next connection; a message without one when we may have no more descriptors."""
         try:
-            message, descriptors, _, _ = socket.recv_fds(self._channel, _MAX_MESSAGE, 1)
+            message, descriptors, _, _ = socket.recv_fds(self._channel, MOST_BYTES, 1)
         except BlockingIOError:
             return None
         if not message:
@@ -125,51 +109,80 @@ class Worker:
     def _start(self, handover: Handover, connection: socket.socket | None) -> None:
         if connection is None:
             log.error("association.failed", reason="too many open files", address=handover.address)
+            if handover.admission is None:
+                self._slot.opened()
             self._ended(handover.number)
             return
         self._open = {one: thread for one, thread in self._open.items() if thread.is_alive()}
         self._slot.take()
         try:
-            association = Association(
-                connection,
-                pdu.parse_request(handover.request),
-                handover.admission,
-                handover.address,
-                config=self._config,
-                intake=self._intake,
-                deadlines=self._deadlines,
-                slot=self._slot,
-            )
-            serve = self._serve
+            serving = self._serving(handover, connection)
             thread = threading.Thread(
-                target=serve, args=(association, handover.number), name="association", daemon=True
+                target=self._serve, args=(serving, handover.number), name="association", daemon=True
             )
-            self._open[association] = thread
+            self._open[serving] = thread
             thread.start()
         except (PduError, RuntimeError) as error:
             log.warning("association.failed", reason=str(error), address=handover.address)
             connection.close()
+            if handover.admission is None:
+                self._slot.opened()
             self._ended(handover.number)
 
-    def _serve(self, association: Association, number: int) -> None:
-        association.run()
-        self._tell(number)
+    def _serving(self, handover: Handover, connection: socket.socket) -> _Serving:
+        """Make what serves a connection. Raises PduError."""
+        if handover.admission is not None:
+            request = pdu.parse_request(handover.request)
+            return self._association(connection, request, handover.admission, handover.address)
+        if self._tls is None:
+            raise RuntimeError("TLS is not configured")
+
+        def begin(connection: socket.socket, request: pdu.Request, admission: Admission) -> Association:
+            return self._association(connection, request, admission, handover.address)
+
+        return Secured(
+            connection,
+            handover,
+            tls=self._tls,
+            admitting=self._admitting,
+            slot=self._slot,
+            begin=begin,
+            rejected=lambda check, said: self._tell(Told(number=handover.number, check=check, said=said)),
+        )
+
+    def _association(
+        self, connection: socket.socket, request: pdu.Request, admission: Admission, address: str
+    ) -> Association:
+        return Association(
+            connection,
+            request,
+            admission,
+            address,
+            config=self._config,
+            intake=self._intake,
+            deadlines=self._deadlines,
+            slot=self._slot,
+        )
+
+    def _serve(self, serving: _Serving, number: int) -> None:
+        serving.run()
+        self._tell(Told(number=number))
 
     def _ended(self, number: int) -> None:
         """An association has ended that never began."""
         self._slot.end()
-        self._tell(number)
+        self._tell(Told(number=number))
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, told: Told) -> None:
         """Tell the guard, which counts per address; where it does not listen, it counts anew."""
         with contextlib.suppress(OSError):
-            self._channel.send(number.to_bytes(8, "little"))
+            self._channel.send(told.encode())
 
     def _drain(self) -> None:
         for seconds, reason in ((self._drain_s, ""), (_ABORT_S, "draining")):
             if reason:
-                for association in self._open:
-                    association.stop(reason)
+                for serving in self._open:
+                    serving.stop(reason)
             _join(list(self._open.values()), seconds)
 
 

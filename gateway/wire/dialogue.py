@@ -11,11 +11,12 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gateway.wire import commands, pdu
+from gateway.wire import commands, pdu, secure
 from gateway.wire.pdu import PduError
-from gateway.wire.sockets import prepare, readable, wait
+from gateway.wire.sockets import prepare, send_parts, wait, waits
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterable, Mapping
 
 _LONGEST_PDU = 2**20
@@ -55,11 +56,16 @@ class Message:
 class Dialogue:
     """An open association. Raises DialogueError where none can be made."""
 
-    def __init__(self, address: tuple[str, int], request: bytes, *, connect_s: float, progress_s: float) -> None:
-        try:
-            self._socket = socket.create_connection(address, connect_s)
-        except OSError as error:
-            raise DialogueError(error.strerror or str(error)) from error
+    def __init__(
+        self,
+        address: tuple[str, int],
+        request: bytes,
+        *,
+        connect_s: float,
+        progress_s: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._socket = _connect(address, connect_s, tls)
         self._buffer = bytearray()
         try:
             prepare(self._socket, receive_s=connect_s, send_s=connect_s)
@@ -103,16 +109,10 @@ class Dialogue:
             self._send_parts(parts)
 
     def _send_parts(self, parts: Iterable[bytes | memoryview]) -> None:
-        rest = [memoryview(one) for one in parts]
-        while rest:
-            try:
-                sent = self._socket.sendmsg(rest)
-            except OSError as error:
-                raise DialogueError("the peer takes nothing more") from error
-            while rest and sent >= len(rest[0]):
-                sent -= len(rest.pop(0))
-            if rest and sent:
-                rest[0] = rest[0][sent:]
+        try:
+            send_parts(self._socket, parts)
+        except OSError as error:
+            raise DialogueError("the peer takes nothing more") from error
 
     def _send(self, data: bytes) -> None:
         self._send_parts((data,))
@@ -121,7 +121,7 @@ class Dialogue:
 
     def waits(self, seconds: float) -> bool:
         """Tell whether something comes within some seconds."""
-        return bool(self._buffer) or readable([self._socket.fileno()], seconds)
+        return bool(self._buffer) or waits(self._socket, seconds)
 
     def hear(self) -> Message:
         """Hear the next message."""
@@ -193,6 +193,21 @@ class Dialogue:
             wait(self._socket, socket.SO_SNDTIMEO, 1)
             self._socket.send(pdu.abort(0, source=0))
         self._socket.close()
+
+
+def _connect(address: tuple[str, int], seconds: float, tls: ssl.SSLContext | None) -> socket.socket:
+    """Open the connection, and TLS on it if a context is given."""
+    try:
+        connection = socket.create_connection(address, seconds)
+    except OSError as error:
+        raise DialogueError(error.strerror or str(error)) from error
+    if tls is None:
+        return connection
+    try:
+        return secure.connect(connection, tls, address[0], seconds)
+    except (OSError, ValueError) as error:
+        connection.close()
+        raise DialogueError(f"no TLS: {secure.reason_of(error)}") from error
 
 
 def _parsed(command: bytearray) -> dict[int, bytes]:

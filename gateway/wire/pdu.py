@@ -25,6 +25,8 @@ MAX_LENGTH = 131072
 """The maximum length we announce: DCMTK's tools accept no more."""
 MAX_ASSOCIATE_BYTES = 128 * 1024
 SMALLEST_MAX_LENGTH = 16
+TLS_HANDSHAKE = 22
+"""Not ours: what a peer begins with that speaks TLS (RFC 8446 5.1)."""
 
 # Provider reasons of an A-ABORT (PS3.8 9.3.8).
 NOT_SPECIFIED, UNRECOGNISED_PDU, UNEXPECTED_PDU, UNEXPECTED_PARAMETER, INVALID_PARAMETER = 0, 1, 2, 5, 6
@@ -106,6 +108,18 @@ def abort(reason: int, source: int = 2) -> bytes:
 def reject(result: int, source: int, reason: int) -> bytes:
     """Make an A-ASSOCIATE-RJ."""
     return HEADER.pack(ASSOCIATE_RJ, 4) + bytes((0, result, source, reason))
+
+
+def length_of_request(header: bytes | bytearray) -> int:
+    """Give how many bytes of an A-ASSOCIATE-RQ follow its header. Raises PduError if it is none, or too long."""
+    kind, length = HEADER.unpack_from(header)
+    if kind != ASSOCIATE_RQ:
+        known = ASSOCIATE_RQ <= kind <= ABORT
+        said = "TLS on a port that speaks in the clear" if kind == TLS_HANDSHAKE else f"PDU type {kind} at first"
+        raise PduError(UNEXPECTED_PDU if known else UNRECOGNISED_PDU, said)
+    if length > MAX_ASSOCIATE_BYTES:
+        raise PduError(INVALID_PARAMETER, "an association request of more than 128 KiB")
+    return int(length)
 
 
 def parse_request(body: bytes) -> Request:

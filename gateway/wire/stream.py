@@ -6,7 +6,6 @@ live in the parser, so a PDU may be cut anywhere. Nothing a peer can send makes 
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from gateway.wire import pdu
 from gateway.wire.commands import MAX_COMMAND_BYTES
 from gateway.wire.pdu import PduError
+from gateway.wire.sockets import has_timed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,20 +221,17 @@ class Stream:
             raise StalledError("stalled")
 
     def _receive(self, patience_s: float) -> int:
-        since = 0.0
-        while True:
+        since = time.monotonic()
+        while not self._stopping():
             try:
                 count = self._connection.recv_into(self._view[self._end :])
             except OSError as error:
-                if error.errno not in {errno.EAGAIN, errno.EWOULDBLOCK}:
+                if not has_timed_out(error):
                     return 0
-                now = time.monotonic()
-                since = since or now - self._deadlines.look_s
-                if self._stopping():
-                    return 0
-                if now - since >= patience_s:
+                if time.monotonic() - since >= patience_s:
                     raise StalledError("stalled" if patience_s == self._deadlines.stall_s else "idle") from None
             else:
                 # The kernel clears it again and again; without it a sender with Nagle on waits 40 ms per instance.
                 self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 return count
+        return 0

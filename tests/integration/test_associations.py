@@ -199,6 +199,6 @@ def test_while_draining_new_associations_are_told_to_come_back(tmp_path: Path) -
 def test_an_unforeseen_error_while_checking_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bites: the library swallows what a handler raises and accepts; every C-STORE then got a permanent 0x0124."""
     with serving(tmp_path) as at:
-        monkeypatch.setattr(at.guard._access, "check", lambda *_: 1 / 0)
+        monkeypatch.setattr(at.guard._admitting._access, "check", lambda *_: 1 / 0)
         assert rejected(associate(at)) == (2, 3, 1)
         assert at.board.refusals == {"internal-error": 1}

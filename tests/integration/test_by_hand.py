@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import clarion
 from support.scp import Serving, serving
 from support.world import free_port, make_series, uid_of
-
-CLARION = str(Path(sys.executable).parent / "clarion")
 
 
 @pytest.fixture
 def at(tmp_path: Path) -> Iterator[Serving]:
     with serving(tmp_path / "gateway") as one:
         yield one
-
-
-def clarion(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [CLARION, *map(str, words)], capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
-    )
 
 
 def test_echo(at: Serving) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from support.world import pause
 
+CLARION = str(Path(sys.executable).parent / "clarion")
 ORTHANC = Path("/usr/sbin/Orthanc")
+
+
+def clarion(*words: object, cwd: Path | None = None, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the command as a person types it, and wait for its end."""
+    return subprocess.run(
+        [CLARION, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], deadline_s: float = 30) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clarion.config import GatewayConfig, ScpConfig
+from clarion.config import GatewayConfig, ScpConfig, ScpTlsConfig
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from gateway.access import REJECTIONS
 from gateway.association import LINGER_S, MOST_INSTANCES
@@ -18,7 +18,9 @@ from gateway.intake import (
 from gateway.receiver import STALL_S
 from gateway.wire import pdu
 from gateway.wire.acceptance import PLAIN, STORAGE, STORAGE_COMMITMENT, STORAGE_ROOT, VERIFICATION
+from gateway.wire.secure import CIPHERS
 
+TLS_PORT = ScpTlsConfig.model_fields["port"].default
 TARGET = Path(__file__).parents[2] / "docs" / "conformance.md"
 
 STATUSES = (
@@ -67,7 +69,7 @@ checked against a live association (`tests/integration/test_conformance.py`).
 | maximum length announced | {scp.max_pdu} by default (`gateway.scp.max_pdu`) |
 | associations at once | {scp.max_associations} by default (`gateway.scp.max_associations`) |
 | asynchronous operations | none: one operation at a time |
-| user identity | read; a positive response is given where it is asked for; nothing is decided by it yet |
+| user identity, types 1 and 2 | compared with `user` and `passcode` of a source; answered where asked for |
 | deadline for the request, and for progress within a message | {STALL_S:.0f} s |
 | deadline between messages | {scp.idle_timeout_s:.0f} s by default (`gateway.scp.idle_timeout_s`) |
 | deadline for the peer to close | {LINGER_S} s |
@@ -123,7 +125,12 @@ Text is decoded by Specific Character Set for grouping rules only; an undefined 
 
 ## 5. Security
 
-Called and calling AE title, and the peer's address, are checked against lists. No TLS yet.
+Called and calling AE title, the peer's address and, where configured, the user identity are checked against lists.
+
+TLS 1.2 and 1.3 as acceptor on a port of its own ({TLS_PORT} by default, `gateway.scp.tls`), with client certificates
+where `client_ca` is given, and as requestor (`gateway.destinations[].tls`): BCP 195 RFC 8996 (PS3.15 B.12), suites
+of TLS 1.2 `{CIPHERS["bcp195"]}`; with `profile: bcp195-modified` (B.13) `{CIPHERS["bcp195-modified"]}`. No older
+version, no renegotiation, no compression.
 """
 
 

@@ -21,6 +21,7 @@ from gateway.access import (
     CALLED_UNKNOWN,
     CALLING_ELSEWHERE,
     CALLING_UNKNOWN,
+    CALLING_USER,
     UNRESOLVED,
     AccessList,
     Admission,
@@ -28,6 +29,7 @@ from gateway.access import (
 )
 from gateway.intake import COLLECTED_BYTES, Answer, Arrival, Intake
 from gateway.space import Space
+from gateway.wire.pdu import UserIdentity
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 
@@ -261,6 +263,32 @@ def test_open_access_takes_every_source_and_no_stranger_as_destination() -> None
     config = GatewayConfig.model_validate({"scp": {"reject_unknown_sources": False}, "ae_titles": [{"ae_title": "B"}]})
     assert AccessList(config).check("ANYONE", "B", "203.0.113.9") == replace(STORES, known=False)
     assert AccessList(config).check("ANYONE", "C", "203.0.113.9") == CALLED_UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("identity", "expected"),
+    [
+        (None, CALLING_USER),
+        (UserIdentity(kind=1, wants_answer=False, name="ct"), CALLING_USER),
+        (UserIdentity(kind=2, wants_answer=False, name="ct", secret=b"wrong"), CALLING_USER),
+        (UserIdentity(kind=2, wants_answer=False, name="other", secret=b"open"), CALLING_USER),
+        (UserIdentity(kind=2, wants_answer=True, name="ct", secret=b"open"), STORES),
+    ],
+)
+def test_a_source_with_a_user_has_to_come_with_it(identity: UserIdentity | None, expected: object) -> None:
+    """Bites: look at the name alone, and the third row comes in."""
+    config = GatewayConfig.model_validate({
+        "ae_titles": [{"ae_title": "B"}],
+        "sources": [{"ae_title": "A", "host": "127.0.0.1", "user": "ct", "passcode": "open"},
+                    {"ae_title": "A", "host": "127.0.0.2"}],
+    })  # fmt: skip
+    assert AccessList(config).check("A", "B", "127.0.0.1", identity) == expected
+    assert AccessList(config).check("A", "B", "127.0.0.2", identity) == STORES
+
+
+def test_a_passcode_without_a_user_is_a_fault() -> None:
+    with pytest.raises(ValueError, match="belongs to a user"):
+        GatewayConfig.model_validate({"sources": [{"ae_title": "A", "host": "127.0.0.1", "passcode": "x"}]})
 
 
 def test_host_names_match_their_addresses() -> None:
