@@ -10,49 +10,13 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)  # fmt: skip
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from clarion.destinations import DestinationConfig
 from clarion.errors import ConfigError
+from clarion.fields import AeTitle, BesideFile, Model, Name, Port, TlsProfile
 from clarion.located import Keys, Located
-from clarion.model import Destination, TlsFiles
-
-
-def check_ae_title(text: str) -> str:
-    """Check an AE title (PS3.5 6.2, VR AE); outer spaces are not part of it. Raises ValueError."""
-    trimmed = text.strip(" ")
-    if not 1 <= len(trimmed) <= 16:  # noqa: PLR2004  the length of VR AE
-        raise ValueError("an AE title has 1 to 16 characters")
-    if "\\" in trimmed or not trimmed.isascii() or not trimmed.isprintable():
-        raise ValueError("an AE title has no backslash, no control characters and only ASCII")
-    return trimmed
-
-
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    """Take a relative path as beside the configuration file."""
-    return (info.context["beside"] / path).resolve() if info.context else path
-
-
-AeTitle = Annotated[str, AfterValidator(check_ae_title)]
-BesideFile = Annotated[Path, AfterValidator(_beside_the_file)]
-TlsProfile = Literal["bcp195", "bcp195-modified"]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_-]+$")]
-
-
-class Model(BaseModel):
-    """A part of the configuration: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from clarion.model import TlsFiles
 
 
 class VerificationConfig(Model):
@@ -103,7 +67,7 @@ class CalledAe(Model):
 
     ae_title: AeTitle
     rule: str = "by-tag"
-    settings: dict[str, str] = {}
+    settings: dict[str, str] = Field(default_factory=dict)
     overwrite_same_instance: bool = False
     ignored_sop_classes: tuple[str, ...] = ()
 
@@ -144,49 +108,6 @@ class Source(Model):
         return value
 
 
-class TlsClientConfig(Model):
-    """TLS towards a destination: whom we trust (the system's list if left out), and who we are if it asks."""
-
-    ca: BesideFile | None = None
-    certificate: BesideFile | None = None
-    key: BesideFile | None = None
-    check_host: bool = True
-    profile: TlsProfile = "bcp195"
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> TlsClientConfig:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key go together")
-        return self
-
-    @property
-    def files(self) -> TlsFiles:
-        """The files, as the wire takes them."""
-        return TlsFiles(
-            profile=self.profile,
-            trusted=self.ca,
-            certificate=self.certificate,
-            key=self.key,
-            check_host=self.check_host,
-        )
-
-
-class DestinationConfig(Model):
-    """A PACS that results are delivered to."""
-
-    name: Name
-    ae_title: AeTitle
-    host: str = Field(min_length=1)
-    port: Port
-    tls: TlsClientConfig | None = None
-
-    @property
-    def destination(self) -> Destination:
-        """The destination, as the rest of the program knows it."""
-        tls = self.tls.files if self.tls is not None else None
-        return Destination(name=self.name, ae_title=self.ae_title, host=self.host, port=self.port, tls=tls)
-
-
 class IntakeConfig(Model):
     """How much of the disk receiving may use."""
 
@@ -195,7 +116,7 @@ class IntakeConfig(Model):
 
 
 class ScuConfig(Model):
-    """How we call ourselves when we send, and to how many destinations at once; one association to each."""
+    """How we call ourselves when we send, and how many associations we have at once, over all destinations."""
 
     ae_title: AeTitle = "CLARION"
     max_associations: Annotated[int, Field(ge=1, le=100)] = 8
@@ -361,7 +282,7 @@ def _known_keys(keys: Keys) -> list[str]:
     for key in keys:
         if isinstance(key, str) and key in model.model_fields:
             model = _model_in(model.model_fields[key].annotation) or model
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401  a type annotation

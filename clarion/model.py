@@ -11,8 +11,8 @@ import json
 import re
 import uuid
 from dataclasses import asdict, dataclass, field
-from datetime import datetime  # noqa: TC003  pydantic reads the annotations of values within events
-from typing import TYPE_CHECKING, NewType, Self
+from datetime import date, datetime, time  # noqa: TC003  pydantic reads the annotations of values within events
+from typing import TYPE_CHECKING, Literal, NewType, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -191,15 +191,54 @@ class TlsFiles:
     check_host: bool = True
 
 
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A part of some days; `ends` before `begins` is on the next day, None is midnight."""
+
+    days: tuple[Day, ...]
+    begins: time
+    ends: time | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When something may be done: within a window, and all day on holidays; in the machine's zone without another."""
+
+    windows: tuple[Window, ...]
+    holidays: tuple[date, ...] = ()
+    timezone: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebAccess:
+    """A DICOMweb service: its root without a slash at the end. `secret`: a token, or a user's password."""
+
+    url: str
+    user: str | None = None
+    secret: str | None = field(default=None, repr=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """A PACS that results are delivered to; in the clear without `tls`."""
+    """A PACS that results are delivered to: by DIMSE, in the clear without `tls`, or by DICOMweb if `web` is there.
+
+    `max_pdu` in bytes; `transfer_syntaxes` are those it is offered, all if there are none.
+    """
 
     name: str
     ae_title: str
     host: str
     port: int
     tls: TlsFiles | None = None
+    web: WebAccess | None = None
+    max_associations: int = 1
+    max_pdu: int = 131072
+    transfer_syntaxes: tuple[str, ...] = ()
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,8 +131,8 @@ def _show(sent: Sent, *, as_json: bool) -> None:
 
 def _title(text: str, where: str) -> str:
     """Check an AE title. Raises ConfigError."""
-    from clarion.config import check_ae_title  # noqa: PLC0415  quick --help
     from clarion.errors import ConfigError  # noqa: PLC0415  as above
+    from clarion.fields import check_ae_title  # noqa: PLC0415  quick --help
 
     try:
         return check_ae_title(text)

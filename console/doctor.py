@@ -20,12 +20,14 @@ from console.topics import kafka_of
 from gateway.access import matches
 from gateway.scu import Requestor, Timeouts
 from gateway.space import Space
+from gateway.stow import WebPeer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from clarion.config import Config
+    from clarion.model import Destination
 
 _CONNECT_S = 3.0
 # What a PostgreSQL has to be like for what it has committed to be there after a power cut.
@@ -170,9 +172,22 @@ def _names_of_sources(config: Config) -> Iterator[Check]:
                         remedy="mend the name or DNS; until then its associations are rejected for now")  # fmt: skip
 
 
+def _web_peer(destination: Destination, timeouts: Timeouts) -> Check:
+    try:
+        with WebPeer(destination, timeouts) as peer:
+            peer.look()
+    except ClarionError as error:
+        return Check(name=f"destination {destination.name}", good=False, found=str(error),
+                     remedy="start the service, or mend dicomweb in gateway.destinations")  # fmt: skip
+    return Check(name=f"destination {destination.name}", good=True, found="answers QIDO-RS")
+
+
 def _peers(config: Config) -> Iterator[Check]:
     timeouts = Timeouts(connect_s=_CONNECT_S, dimse_s=_CONNECT_S)
     for one in config.gateway.destinations:
+        if one.dicomweb is not None:
+            yield _web_peer(one.destination, timeouts)
+            continue
         try:
             with Requestor(
                 one.destination,

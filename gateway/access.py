@@ -97,7 +97,7 @@ class AccessList:
     def __init__(self, config: GatewayConfig) -> None:
         self._sources = [(source.ae_title, source.host) for source in config.sources]
         self._users = {(one.ae_title, one.host): one for one in config.sources if one.user is not None}
-        self._peers = [(one.ae_title, one.host) for one in config.destinations]
+        self._peers = [(one.ae_title, one.host) for one in config.destinations if one.ae_title and one.host]
         self._called = {one.ae_title for one in config.ae_titles}
         self._own = config.scu.ae_title
         self._open = not config.scp.reject_unknown_sources

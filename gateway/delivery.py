@@ -1,8 +1,9 @@
 """Delivers result sets to destinations, then has the destination prove that it keeps them.
 
-Contract. Each delivery has a state of its own; at most one thread works for a destination, so one dead PACS never
-slows another. Sent means that every instance was answered with success. Attempts are counted before they begin and
-every answer is noted when it comes, so after a crash exactly what is missing is sent.
+Contract. Each delivery has a state of its own; one thread works for a destination, and one that cannot be reached is
+left alone for a while (its circuit is open), so one dead PACS never slows another. Sent means that every instance was
+answered with success. Attempts are counted before they begin and every answer is noted when it comes, so after a crash
+exactly what is missing is sent.
 """
 
 from __future__ import annotations
@@ -10,42 +11,46 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from clarion.crashpoints import effect
 from clarion.errors import (
     BusUnavailableError,
     ClarionError,
     PeerRefusedError,
     PeerUnavailableError,
-    PermanentError,
     StoreUnavailableError,
     TransientError,
     describe,
 )
-from clarion.model import Destination, derive_uid
+from gateway.circuits import Circuits
 from gateway.outbound import SENT, UNKNOWN_DESTINATION, Outbound, backoff, judge, outcome_of
+from gateway.pool import Pool, UnreachedError
+from gateway.proving import Prover
 from gateway.scu import Requestor, Timeouts
-from gateway.statuses import NO_ANSWER, UNSENDABLE, Outcome, classify
-from gateway.transcode import FALLBACKS, convert
+from gateway.sending import Sender
+from gateway.statuses import Outcome
+from gateway.websending import WebSender
+from gateway.windows import is_open, opens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from clarion.config import GatewayConfig
+    from clarion.model import Destination
     from clarion.ports import Clock, EventBus, ObjectStore
     from gateway.answers import Answer, CommitmentAnswers
     from gateway.commitments import Report
     from gateway.outbound import Delivery, Item
+    from gateway.pool import Classes
 
 log = structlog.get_logger()
 
-_SAME_ASSOCIATION_WAIT_S = 0.3
-_LOOK_FOR_REPORT = timedelta(seconds=1)
 _CRASHED_ATTEMPT = timedelta(seconds=5)
-_ASK_AGAIN = timedelta(seconds=5)
 _DRAIN_S = 20.0
-_SOP_CLASS_NOT_SUPPORTED = 0x0122
+_RELEASE_S = 2.0
 
 
 class DeliveryStage:
@@ -65,11 +70,24 @@ class DeliveryStage:
         self._config = config
         self._bus = bus
         self._outbound = outbound
-        self._store = store
         self._clock = clock
-        self._timeouts = Timeouts(connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s)
         self._destinations = {one.name.lower(): one.destination for one in config.destinations}
         self._busy: dict[str, threading.Thread] = {}
+        self._circuits = Circuits(clock)
+        self._room = threading.BoundedSemaphore(config.scu.max_associations)
+        timeouts = Timeouts(connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s)
+        self._pool = Pool(partial(self._associate, timeouts))
+        threshold = config.delivery.failure_threshold
+        self._by_dimse = Sender(
+            store=store,
+            outbound=outbound,
+            pool=self._pool,
+            threshold=threshold,
+            join=lambda: self._room.acquire(blocking=False),
+            leave=self._room.release,
+        )
+        self._by_web = WebSender(store=store, outbound=outbound, threshold=threshold, timeouts=timeouts)
+        self._prover = Prover(outbound=outbound, pool=self._pool, clock=clock, timeouts=timeouts, again=self._again)
         outbound.requeue([one.name for one in self._destinations.values()], clock.now())
 
     def step(self) -> bool:
@@ -85,30 +103,44 @@ class DeliveryStage:
 
     def _start_due(self) -> None:
         self._busy = {name: thread for name, thread in self._busy.items() if thread.is_alive()}
+        now = self._clock.now()
         waiting: dict[str, list[Delivery]] = {}
-        for delivery in self._outbound.due(self._clock.now()):
+        for delivery in self._outbound.due(now):
             waiting.setdefault(delivery.destination.lower(), []).append(delivery)
         for name, deliveries in waiting.items():
-            if name not in self._busy and len(self._busy) < self._config.scu.max_associations:
-                thread = threading.Thread(target=self._work, args=(deliveries,), name=f"delivery-{name}", daemon=True)
-                self._busy[name] = thread
-                thread.start()
-
+            destination = self._destinations.get(name)
+            may_send = destination is None or is_open(destination.schedule, now)
+            # What was sent is verified at any time.
+            chosen = [one for one in deliveries if may_send or one.state == SENT]
+            if chosen and self._circuits.is_closed(name):
+                self._start(name, self._work, chosen)
         self._start_answers()
+
+    def _start(self, name: str, target: Callable[[list[Any]], None], work: list[Any]) -> None:
+        """Work something off in a thread of its own, unless one by that name does, or there is no room for it."""
+        if name in self._busy or not self._room.acquire(blocking=False):
+            return
+
+        def run() -> None:
+            try:
+                target(work)
+            finally:
+                self._room.release()
+
+        thread = threading.Thread(target=run, name=f"delivery-{name}", daemon=True)
+        self._busy[name] = thread
+        thread.start()
 
     def _start_answers(self) -> None:
         """Tell the results of storage commitment that are due, a thread for each peer."""
-        places = {one.ae_title: one for one in self._destinations.values()}
         owed: dict[str, list[Answer]] = {}
         for answer in self._answers.due(self._clock.now()):
             owed.setdefault(f"report to {answer.peer}", []).append(answer)
         for name, answers in owed.items():
-            if name not in self._busy and len(self._busy) < self._config.scu.max_associations:
-                thread = threading.Thread(target=self._tell, args=(answers, places), name=name, daemon=True)
-                self._busy[name] = thread
-                thread.start()
+            self._start(name, self._tell, answers)
 
-    def _tell(self, answers: list[Answer], places: dict[str, Destination]) -> None:
+    def _tell(self, answers: list[Answer]) -> None:
+        places = {one.ae_title: one for one in self._destinations.values() if one.ae_title}
         for answer in answers:
             try:
                 self._answers.tell(answer, places.get(answer.peer))
@@ -117,13 +149,23 @@ class DeliveryStage:
                 return
 
     def facts(self) -> dict[str, object]:
-        """Say which destinations are being served."""
-        return {"destinations_busy": sorted(self._busy)}
+        """Say which destinations are being served, which cannot be reached, and which have to wait for their hour."""
+        now = self._clock.now()
+        return {
+            "destinations_busy": sorted(self._busy),
+            "destinations_unreached": self._circuits.open_ones(),
+            "destinations_waiting": {
+                one.name: str(opens(one.schedule, now) or "never")
+                for one in self._destinations.values()
+                if one.schedule is not None and not is_open(one.schedule, now)
+            },
+        }
 
     def drain(self) -> None:
         """Let the associations in progress end."""
         for thread in self._busy.values():
             thread.join(_DRAIN_S)
+        self._pool.close(_RELEASE_S)
         self._bus.close()
 
     def idle(self) -> bool:
@@ -143,8 +185,15 @@ class DeliveryStage:
                     return
             except Exception:  # the one catch-all of a destination's thread; the delivery is due again by itself
                 log.exception("delivery.broken", delivery=delivery.delivery_id)
+            if not self._circuits.is_closed(delivery.destination.lower()):
+                return
 
-    # Sending ---------------------------------------------------------------------------------------------------
+    def _verify(self, delivery: Delivery) -> None:
+        destination = self._destinations.get(delivery.destination.lower())
+        if destination is None:
+            self._outbound.settle_unverified(delivery.delivery_id, UNKNOWN_DESTINATION)
+            return
+        self._prover.verify(destination, delivery)
 
     def _send(self, delivery: Delivery) -> None:
         destination = self._destinations.get(delivery.destination.lower())
@@ -157,54 +206,25 @@ class DeliveryStage:
             return
         delivery = replace(delivery, attempts=attempt)
         items = [item for item in self._outbound.items(delivery.delivery_id) if outcome_of(item) is Outcome.AGAIN]
-        trouble = ""
+        self._settle(delivery, self._try(destination, delivery, items))
+
+    def _try(self, destination: Destination, delivery: Delivery, items: list[Item]) -> str:
+        """Send what is to be sent; give why that ended early, if it did."""
+        sender = self._by_dimse if destination.web is None else self._by_web
         try:
-            self._send_items(destination, delivery, items)
-        except (PeerUnavailableError, PeerRefusedError, StoreUnavailableError) as error:
-            trouble = str(error)
+            if items:
+                sender.send(destination, delivery.delivery_id, items)
+        except (UnreachedError, PeerRefusedError) as error:
+            self._circuits.failed(destination.name)
+            return str(error)
+        except (PeerUnavailableError, StoreUnavailableError) as error:
+            return str(error)
         except Exception as error:
             # Ours: it counts as an attempt, so that it ends, and with a reason.
             log.exception("delivery.broken", delivery=delivery.delivery_id)
-            trouble = describe(error)
-        self._settle(delivery, trouble)
-
-    def _send_items(self, destination: Destination, delivery: Delivery, items: list[Item]) -> None:
-        if not items:
-            return
-        classes = {(item.instance.sop_class_uid, item.instance.transfer_syntax_uid) for item in items}
-        classes |= {(sop_class, syntax) for sop_class, _ in classes for syntax in FALLBACKS}
-        with self._associate(destination, classes) as peer:
-            failed = 0
-            for item in items:
-                note = ""
-                try:
-                    with effect("delivery.send"):
-                        status = self._send_one(peer, item)
-                except PermanentError as error:
-                    status, note = UNSENDABLE, str(error)
-                self._outbound.answered(delivery.delivery_id, item.instance.sop_instance_uid, status, note)
-                if status == NO_ANSWER:
-                    raise PeerUnavailableError(f"{destination.name}: no answer, or the association ended")
-                # A refusal for good says something about the instance, one for now about the peer.
-                failed += classify(status) is Outcome.AGAIN
-                if failed / len(items) > self._config.delivery.failure_threshold:
-                    raise PeerUnavailableError(f"{destination.name}: attempt given up after {failed} failures")
-
-    def _send_one(self, peer: Requestor, item: Item) -> int:
-        instance = item.instance
-        data = self._store.read(instance.object)
-        syntax = instance.transfer_syntax_uid
-        if not peer.accepts(instance.sop_class_uid, syntax):
-            target = next((one for one in FALLBACKS if peer.accepts(instance.sop_class_uid, one)), None)
-            if target is None:
-                return _SOP_CLASS_NOT_SUPPORTED
-            data, syntax = convert(data, syntax, target), target
-        try:
-            return peer.store(
-                data, sop_class=instance.sop_class_uid, sop_instance=instance.sop_instance_uid, syntax=syntax
-            )
-        except PeerUnavailableError:
-            return NO_ANSWER
+            return describe(error)
+        self._circuits.worked(destination.name)
+        return ""
 
     def _settle(self, delivery: Delivery, trouble: str) -> None:
         now = self._clock.now()
@@ -227,7 +247,7 @@ class DeliveryStage:
             return None
         return backoff(tries, settings.retry_delay_s, settings.retry_delay_max_s)
 
-    def _associate(self, destination: Destination, classes: set[tuple[str, str]]) -> Requestor:
+    def _associate(self, timeouts: Timeouts, destination: Destination, classes: Classes) -> Requestor:
         def reported(report: Report) -> None:
             self._outbound.commitment_reported(
                 report.transaction_uid,
@@ -238,72 +258,5 @@ class DeliveryStage:
             )
 
         return Requestor(
-            destination,
-            own_ae=self._config.scu.ae_title,
-            classes=classes,
-            timeouts=self._timeouts,
-            on_report=reported,
+            destination, own_ae=self._config.scu.ae_title, classes=classes, timeouts=timeouts, on_report=reported
         )
-
-    # Proof -----------------------------------------------------------------------------------------------------
-
-    def _verify(self, delivery: Delivery) -> None:
-        destination = self._destinations.get(delivery.destination.lower())
-        if destination is None:
-            self._outbound.settle_unverified(delivery.delivery_id, UNKNOWN_DESTINATION)
-            return
-        overdue = delivery.verify_until is not None and self._clock.now() > delivery.verify_until
-        if delivery.transaction_uid is not None and self._committed(delivery, destination.ae_title, overdue=overdue):
-            return
-        try:
-            self._ask(destination, delivery, overdue=overdue)
-        except (PeerUnavailableError, PeerRefusedError) as error:
-            log.warning("delivery.verifylater", delivery=delivery.delivery_id, reason=str(error))
-            if overdue:
-                self._outbound.settle_unverified(delivery.delivery_id, f"no proof to be had: {error}")
-            else:
-                self._outbound.look_again(delivery.delivery_id, self._clock.now() + _CRASHED_ATTEMPT)
-
-    def _committed(self, delivery: Delivery, peer: str, *, overdue: bool) -> bool:
-        """Judge by the peer's commitment report; tell whether there is nothing more to ask now."""
-        stored = self._outbound.commitment(delivery.transaction_uid or "", peer)
-        if stored is None:
-            if not overdue:
-                self._outbound.look_again(delivery.delivery_id, self._clock.now() + _LOOK_FOR_REPORT)
-            return not overdue
-        wanted = {str(item.instance.sop_instance_uid) for item in self._outbound.items(delivery.delivery_id)}
-        self._conclude(delivery, wanted - stored, "storage-commitment")
-        return True
-
-    def _ask(self, destination: Destination, delivery: Delivery, *, overdue: bool) -> None:
-        items = self._outbound.items(delivery.delivery_id)
-        with self._associate(destination, set()) as peer:
-            if delivery.transaction_uid is None and not overdue and peer.commits:
-                transaction = derive_uid("commitment", delivery.delivery_id, delivery.attempts)
-                pairs = [(item.instance.sop_class_uid, item.instance.sop_instance_uid) for item in items]
-                with effect("commitment.ask"):
-                    agreed = peer.ask_commitment(transaction, pairs, _SAME_ASSOCIATION_WAIT_S)
-                if agreed:
-                    due = self._clock.now() + _LOOK_FOR_REPORT
-                    self._outbound.commitment_asked(delivery.delivery_id, transaction, due)
-                    return
-            if not peer.finds:
-                self._outbound.settle_unverified(delivery.delivery_id, "peer offers no commitment and no query")
-                return
-            series = {(item.instance.study_uid, item.instance.series_uid) for item in items}
-            found = set().union(*(peer.find(study, one) for study, one in sorted(series)))
-        missing = {str(item.instance.sop_instance_uid) for item in items} - found
-        if missing and not overdue:
-            # Many a PACS answers a query only when it has indexed what it took; absence is believed at the deadline.
-            self._outbound.look_again(delivery.delivery_id, self._clock.now() + _ASK_AGAIN)
-            return
-        self._conclude(delivery, missing, "query")
-
-    def _conclude(self, delivery: Delivery, missing: set[str], how: str) -> None:
-        now = self._clock.now()
-        if not missing:
-            self._outbound.settle_verified(delivery, now=now, how=how)
-            log.info("delivery.verified", delivery=delivery.delivery_id, how=how)
-            return
-        again = self._again(delivery)
-        self._outbound.lost(delivery, missing=missing, now=now, again=now + again if again is not None else None)

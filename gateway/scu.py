@@ -89,6 +89,7 @@ class Requestor:
                 request,
                 connect_s=timeouts.connect_s,
                 progress_s=timeouts.dimse_s,
+                max_pdu=destination.max_pdu,
                 tls=_context_of(destination.tls).context() if destination.tls is not None else None,
             )
         except DialogueError as error:
@@ -106,9 +107,28 @@ class Requestor:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Release it, or abort it after an error: whoever no longer answers would not answer a release either."""
         if kind is None:
-            self._dialogue.release()
+            self.release()
         else:
-            self._dialogue.abort()
+            self.abort()
+
+    def release(self) -> None:
+        """Release the association, waiting for the peer's answer."""
+        self._dialogue.release()
+
+    def abort(self) -> None:
+        """Abort the association."""
+        self._dialogue.abort()
+
+    def is_there(self) -> bool:
+        """Hear what the peer said unasked, and answer it; tell whether the association still stands."""
+        try:
+            while self._dialogue.waits(0):
+                message = self._dialogue.hear()
+                if not message.field & commands.RESPONSE:
+                    self._serve(message)
+        except DialogueError:
+            return False
+        return True
 
     def accepts(self, sop_class: str, syntax: str) -> bool:
         """Tell whether the peer takes the class in the syntax."""

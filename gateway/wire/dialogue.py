@@ -63,6 +63,7 @@ class Dialogue:
         *,
         connect_s: float,
         progress_s: float,
+        max_pdu: int = pdu.MAX_LENGTH,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._socket = _connect(address, connect_s, tls)
@@ -75,7 +76,7 @@ class Dialogue:
         except BaseException:  # whatever it was, the descriptor is not left open
             self._socket.close()
             raise
-        self._max_length = self.accepted.max_length or pdu.MAX_LENGTH
+        self._max_length = min(self.accepted.max_length or pdu.MAX_LENGTH, max_pdu)
 
     def _negotiated(self) -> pdu.Accepted:
         kind, body = self._read_pdu()

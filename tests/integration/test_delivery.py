@@ -2,175 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from pydicom import Dataset, dcmread, dcmwrite
-from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import AE, evt
-from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
-    CTImageStorage,
-    StudyRootQueryRetrieveInformationModelFind,
-)
+from pydicom import Dataset, dcmread
 from support.dcmtk import ENVIRONMENT, tool
-from support.postgres import url_in
+from support.delivering import INSTANCES, Rig, data_set, peer
 from support.processes import wait_for_port
 from support.world import free_port, pause
 
-from clarion.adapters.database import Database
-from clarion.adapters.embedded import EmbeddedBus
-from clarion.adapters.memory import ManualClock, MemoryStore
-from clarion.adapters.outbox import events_table
-from clarion.config import GatewayConfig
 from clarion.dicom import split_part10
-from clarion.events import DeliveryRequested, JobSuperseded
-from clarion.model import JobId, ObjectRef, ResultInstance, ResultSet, SeriesUid, SopInstanceUid, StudyUid
+from clarion.events import JobSuperseded
 from clarion.testing.suites import MOMENT
 from gateway import tables
-from gateway.answers import CommitmentAnswers
-from gateway.delivery import DeliveryStage
-from gateway.outbound import Outbound
-from gateway.requests import DeliveryRequests, SupersededJobs
+from gateway.requests import SupersededJobs
 
 pytestmark = pytest.mark.usefixtures("each_database")
-
-EXPLICIT = str(ExplicitVRLittleEndian)
-INSTANCES = 4
-
-
-def data_set(number: int) -> Dataset:
-    ds = Dataset()
-    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, f"1.2.3.{number}"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientName = "1.2", "1.2.3", "Test^Delivery"
-    ds.Rows = ds.Columns = 2
-    ds.BitsAllocated = 16
-    ds.PixelData = bytes(range(8))
-    ds["PixelData"].VR = "OW"
-    return ds
-
-
-def encoded(ds: Dataset) -> bytes:
-    out = io.BytesIO()
-    ds.file_meta = Dataset()
-    dcmwrite(out, ds, implicit_vr=False, little_endian=True, enforce_file_format=False)
-    return out.getvalue()
-
-
-class Rig:
-    def __init__(self, root: Path, port: int, **delivery: float) -> None:
-        self.clock = ManualClock(MOMENT)
-        self.store = MemoryStore()
-        self.database = Database(url_in(root))
-        self.database.create(tables.SCHEMA)
-        bus = EmbeddedBus(self.database, self.clock)
-        bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
-        bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
-        config = GatewayConfig.model_validate({
-            "destinations": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": port}],
-            "delivery": {
-                "max_retries": 2, "connect_timeout_s": 3, "dimse_timeout_s": 3, "failure_threshold": 1, **delivery,
-            },
-        })  # fmt: skip
-        self.outbound = Outbound(self.database)
-        self.stage = DeliveryStage(
-            config=config,
-            bus=bus,
-            outbound=self.outbound,
-            store=self.store,
-            clock=self.clock,
-            answers=CommitmentAnswers(self.database, config, self.clock),
-        )
-        self.bus = bus
-
-    def request(self, *, missing: int | None = None) -> None:
-        instances = []
-        for number in range(INSTANCES):
-            data = encoded(data_set(number))
-            ref = self.store.put(data)
-            if number == missing:
-                ref = ObjectRef(location="memory:0", digest=hashlib.sha256(b"gone").hexdigest(), size_bytes=4)
-            instances.append(ResultInstance(
-                output="o", modality="CT", study_uid=StudyUid("1.2"), series_uid=SeriesUid("1.2.3"),
-                sop_instance_uid=SopInstanceUid(f"1.2.3.{number}"), sop_class_uid=CTImageStorage,
-                transfer_syntax_uid=EXPLICIT, object=ref,
-            ))  # fmt: skip
-        result_set = self.store.put(ResultSet(job_id=JobId("j"), instances=tuple(instances)).encode())
-        event = DeliveryRequested(
-            subject="d", sequence=1, time=MOMENT, source="t", job_id="j", destination="pacs",
-            result_set=result_set, instances=INSTANCES,
-        )  # fmt: skip
-        self.bus.publish([event])
-
-    def settle(self) -> Any:
-        ends = {"verified", "unverified", "failed", "superseded"}
-        for _ in range(2000):
-            self.stage.step()
-            if self.stage.idle():
-                if self.row() is not None and self.row().state in ends:
-                    return self.row()
-                self.clock.advance(timedelta(seconds=2))
-            pause(0.005)
-        raise AssertionError(f"never settled: {self.row()}")
-
-    def kinds(self) -> list[str]:
-        with self.database.reading() as connection:
-            query = sa.select(events_table.c.kind).where(events_table.c.subject == "d")
-            return list(connection.execute(query.order_by(events_table.c.position)).scalars())
-
-    def row(self) -> Any:
-        with self.database.reading() as connection:
-            return connection.execute(sa.select(tables.deliveries)).one_or_none()
-
-
-@dataclass
-class Peer:
-    port: int
-    stored: dict[str, int]
-
-
-@contextmanager
-def peer(
-    store: Callable[[str, int], int] = lambda *_: 0, find: Callable[[str], int] = lambda _: 0xFF00
-) -> Iterator[Peer]:
-    """A PACS without storage commitment: `store` gives the status of the n-th arrival, `find` 0xFF00 or an error."""
-    stored: dict[str, int] = {}
-
-    def on_store(event: evt.Event) -> int:
-        uid = str(event.request.AffectedSOPInstanceUID)
-        stored[uid] = stored.get(uid, 0) + 1
-        return store(uid, stored[uid])
-
-    def on_find(_: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
-        for uid in list(stored):
-            status = find(uid)
-            if status != 0xFF00:
-                yield status, None
-                return
-            answer = Dataset()
-            answer.SOPInstanceUID = uid
-            yield 0xFF00, answer
-
-    ae = AE(ae_title="PACS")
-    ae.add_supported_context(CTImageStorage, [EXPLICIT])
-    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
-    port = free_port()
-    handlers = [(evt.EVT_C_STORE, on_store), (evt.EVT_C_FIND, on_find)]
-    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)  # type: ignore[arg-type]
-    try:
-        yield Peer(port, stored)
-    finally:
-        assert server is not None
-        server.shutdown()
 
 
 def test_verified_by_query(tmp_path: Path) -> None:

@@ -43,8 +43,16 @@ def start_pacs(folder: Path, port: int, ae_title: str, caller: tuple[str, int]) 
     return process
 
 
-def start_orthanc(folder: Path, *, dicom: int, http: int, caller: tuple[str, int]) -> subprocess.Popen[bytes]:
-    """A fresh Orthanc on loopback that knows the caller, for storage commitment reports too."""
+DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
+
+
+def start_orthanc(
+    folder: Path, *, dicom: int, http: int, caller: tuple[str, int], users: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A fresh Orthanc on loopback that knows the caller, for storage commitment reports too.
+
+    With `users` it has DICOMweb, and asks who one is.
+    """
     folder.mkdir(parents=True)
     described = {
         "Name": "clarion-test",
@@ -54,9 +62,10 @@ def start_orthanc(folder: Path, *, dicom: int, http: int, caller: tuple[str, int
         "DicomPort": dicom,
         "HttpPort": http,
         "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
+        "AuthenticationEnabled": users is not None,
+        "RegisteredUsers": users or {},
         "DicomModalities": {"clarion": [caller[0], "127.0.0.1", caller[1]]},
-        "Plugins": [],
+        "Plugins": [] if users is None else [str(DICOMWEB)],
     }
     (folder / "orthanc.json").write_text(json.dumps(described))
     process = subprocess.Popen(

@@ -17,7 +17,7 @@ class Tap:
         self._delay_s = delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        self._seen = bytearray()
+        self._seen = {True: bytearray(), False: bytearray()}
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -27,8 +27,12 @@ class Tap:
         self._listener.close()
 
     def seen(self) -> bytes:
-        """All bytes that passed, in both directions."""
-        return bytes(self._seen)
+        """All bytes that passed, those of the clients first."""
+        return bytes(self._seen[True] + self._seen[False])
+
+    def said(self) -> bytes:
+        """What the clients said."""
+        return bytes(self._seen[True])
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -37,14 +41,15 @@ class Tap:
                 server = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                 server.settimeout(None)
                 for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=self._forward, args=(one, other), daemon=True).start()
+                    seen = self._seen[one is client]
+                    threading.Thread(target=self._forward, args=(one, other, seen), daemon=True).start()
 
-    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, seen: bytearray) -> None:
         timer = threading.Event()
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 came = time.monotonic()
-                self._seen += data
+                seen += data
                 timer.wait(max(0.0, came + self._delay_s - time.monotonic()))
                 sink.sendall(data)
         for one in (source, sink):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Install the servers that the tests talk to, from the system's packages, where root may. Otherwise name them.
 set -euo pipefail
-declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace [/usr/bin/java]=default-jre-headless [/usr/bin/mvn]=maven)
+declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/share/orthanc/plugins/libOrthancDicomWeb.so]=orthanc-dicomweb [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace [/usr/bin/java]=default-jre-headless [/usr/bin/mvn]=maven)
 missing=()
 compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null || missing+=(postgresql)
-for program in "${!wanted[@]}"; do [ -x "$program" ] || missing+=("${wanted[$program]}"); done
+for program in "${!wanted[@]}"; do [ -e "$program" ] || missing+=("${wanted[$program]}"); done
 [ ${#missing[@]} -gt 0 ] || exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   echo "servers: installing ${missing[*]} from the system's packages"

@@ -119,6 +119,9 @@ Calling AE title `{scu.ae_title}` by default. Proposes Verification, Storage Com
 object its SOP Class in the stored transfer syntax, then Explicit and Implicit VR Little Endian, into which it is
 decoded without loss where the peer takes nothing else. Warnings 0xB000, 0xB006, 0xB007 count as success with a note.
 
+DICOMweb (PS3.18), user agent: Store (10.5) of `application/dicom` in the stored transfer syntax, answers read as
+`application/dicom+json`; Search (10.6) for instances of a series.
+
 ## 4. Character sets
 
 Text is decoded by Specific Character Set for grouping rules only; an undefined term counts as absent.
