@@ -25,14 +25,12 @@ class VerificationConfig(Model):
     enabled: bool = True
 
 
-class ScpTlsConfig(Model):
-    """A second port that speaks TLS 1.2 and 1.3 only (PS3.15 B.12); PEM files, read again when they change.
+class ServerTlsConfig(Model):
+    """TLS 1.2 and 1.3 (PS3.15 B.12), of PEM files that are read again when they change.
 
     With `client_ca` a peer has to show a certificate that one of those vouches for.
     """
 
-    host: str = "127.0.0.1"
-    port: Port = 2762
     certificate: BesideFile
     key: BesideFile
     client_ca: BesideFile | None = None
@@ -42,6 +40,13 @@ class ScpTlsConfig(Model):
     def files(self) -> TlsFiles:
         """The files, as the wire takes them."""
         return TlsFiles(profile=self.profile, trusted=self.client_ca, certificate=self.certificate, key=self.key)
+
+
+class ScpTlsConfig(ServerTlsConfig):
+    """A second port for associations, that speaks TLS only."""
+
+    host: str = "127.0.0.1"
+    port: Port = 2762
 
 
 class ScpConfig(Model):
@@ -108,6 +113,23 @@ class Source(Model):
         return value
 
 
+class StowClient(Model):
+    """Who may send by STOW-RS: its token, and the calling AE title that its instances get."""
+
+    ae_title: AeTitle
+    token: Annotated[SecretStr, Field(min_length=16)]
+
+
+class StowConfig(Model):
+    """Receiving by STOW-RS: `POST /CALLED_AE_TITLE/studies`. Beyond loopback it needs TLS."""
+
+    host: str = "127.0.0.1"
+    port: Port = 5080
+    tls: ServerTlsConfig | None = None
+    clients: Annotated[tuple[StowClient, ...], Field(min_length=1)]
+    max_requests: Annotated[int, Field(ge=1, le=256)] = 32
+
+
 class IntakeConfig(Model):
     """How much of the disk receiving may use."""
 
@@ -140,6 +162,7 @@ class GatewayConfig(Model):
 
     scp: ScpConfig = ScpConfig()
     scu: ScuConfig = ScuConfig()
+    stow: StowConfig | None = None
     ae_titles: tuple[CalledAe, ...] = ()
     sources: tuple[Source, ...] = ()
     destinations: tuple[DestinationConfig, ...] = ()

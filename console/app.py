@@ -103,6 +103,12 @@ class App:
 
         return IntakeStage(self.checked.config.gateway, self.data, self.clock)
 
+    def stow(self) -> Stage:
+        """Receiving by STOW-RS."""
+        from console.stow_stage import StowStage  # noqa: PLC0415  each process imports only what it runs
+
+        return StowStage(self.checked.config.gateway, self.data, self.clock)
+
     def grouping(self) -> Grouping:
         """The grouping owner."""
         from gateway.doorbell import Doorbell  # noqa: PLC0415  as above
@@ -211,6 +217,7 @@ class App:
         """Make a stage by its name."""
         makers: Mapping[str, Callable[[], Stage]] = {
             "intake": self.intake,
+            "stow": self.stow,
             "grouping": self.grouping,
             "streams": self.streams,
             "orchestrator": self.orchestrator,

@@ -44,6 +44,7 @@ def check_config(path: Path) -> Checked:
     _check_rules(config, located)
     _check_console(config, located)
     _check_tls(config, located)
+    _check_stow(config, located)
     _check_database(config, located)
     if config.bus.kind == "kafka" and importlib.util.find_spec("kafka") is None:
         located.fault(("bus", "kind"), "kafka needs the extra: pip install 'clarion-gateway[kafka]'")
@@ -133,6 +134,19 @@ def _check_tls(config: Config, located: Located) -> None:
     for index, one in enumerate(config.gateway.destinations):
         if one.tls is not None:
             _try_tls(located, ("gateway", "destinations", index, "tls"), requestor_context, one.tls.files)
+
+
+def _check_stow(config: Config, located: Located) -> None:
+    scp, stow = config.gateway.scp, config.gateway.stow
+    if stow is None:
+        return
+    keys = ("gateway", "stow")
+    if stow.tls is not None:
+        _try_tls(located, (*keys, "tls"), acceptor_context, stow.tls.files)
+    elif not is_loopback(stow.host):
+        located.fault((*keys, "host"), f"{stow.host} is not loopback, and tokens would be in the clear; set tls")
+    if stow.port in {scp.port, config.console.port, scp.tls.port if scp.tls is not None else 0}:
+        located.fault((*keys, "port"), f"{stow.port} is used already; choose another")
 
 
 def _try_tls(located: Located, keys: Keys, make: Callable[[TlsFiles], object], files: TlsFiles) -> None:

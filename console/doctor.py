@@ -20,7 +20,7 @@ from console.topics import kafka_of
 from gateway.access import matches
 from gateway.scu import Requestor, Timeouts
 from gateway.space import Space
-from gateway.stow import WebPeer
+from gateway.web_peer import WebPeer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

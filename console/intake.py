@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from clarion.adapters.files import free_bytes
 from clarion.adapters.objects import FileStore
+from console.stages import STOW
 from gateway.access import AccessList
 from gateway.admitting import Admitting
 from gateway.board import Board, HeldByAll
@@ -75,7 +76,7 @@ class IntakeStage:
     def _settle_logs(self) -> None:
         """There may have been more workers once: what their logs hold is read as well."""
         folder = self._data / "journal"
-        ours = {f"w{index}" for index in range(self.board.workers)}
+        ours = {f"w{index}" for index in range(self.board.workers)} | ({STOW} if self._config.stow else set())
         for name in set(logs(folder)) - ours:
             settle(folder / name, self._clock)
 

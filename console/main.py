@@ -74,10 +74,10 @@ def serve(
     def body() -> int:
         from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
         from console.serve import serve as run  # noqa: PLC0415  quick --help
-        from console.stages import RELAY, STAGES  # noqa: PLC0415  quick --help
+        from console.stages import RELAY, STAGES, STOW  # noqa: PLC0415  quick --help
 
-        if stage not in (*STAGES, RELAY):
-            raise ConfigError([f"no stage {stage!r}; there are: {', '.join((*STAGES, RELAY))}"])
+        if stage not in (*STAGES, RELAY, STOW):
+            raise ConfigError([f"no stage {stage!r}; there are: {', '.join((*STAGES, RELAY, STOW))}"])
         run(stage, config)
         return 0
 

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 STAGES = ("intake", "grouping", "streams", "orchestrator", "delivery", "console")
 RELAY = "relay"
+STOW = "stow"
 # Records that wait in the journal for so long are not just on their way.
 _BEHIND = timedelta(seconds=60)
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
-    """Give the processes that a configuration needs: on Kafka a relay as well, drained after all that publish."""
-    return (*STAGES[:-1], RELAY, STAGES[-1]) if config.bus.kind == "kafka" else STAGES
+    """Give the processes that a configuration needs: STOW-RS if wanted, on Kafka a relay after all that publish."""
+    intake, *others, last = STAGES
+    receiving = (intake, STOW) if config.gateway.stow is not None else (intake,)
+    return (*receiving, *others, *((RELAY,) if config.bus.kind == "kafka" else ()), last)
 
 
 def read_stages(config: Config) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from gateway.proving import Prover
 from gateway.scu import Requestor, Timeouts
 from gateway.sending import Sender
 from gateway.statuses import Outcome
-from gateway.websending import WebSender
+from gateway.web_sending import WebSender
 from gateway.windows import is_open, opens
 
 if TYPE_CHECKING:

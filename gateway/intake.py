@@ -47,7 +47,7 @@ _MOST_BUFFERS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """What a request says of the data set that follows, and who sends it."""
+    """What a request says of the data set that follows, and who sends it; `study_uid` if it has to be of that."""
 
     sop_class_uid: str
     sop_instance_uid: str
@@ -55,6 +55,7 @@ class Arrival:
     calling_ae: str
     called_ae: str
     association: str
+    study_uid: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +296,8 @@ def _refusal(arrival: Arrival, seen: Scan, size: int) -> tuple[int, InvalidInsta
             return CANNOT_UNDERSTAND, InvalidInstanceError(f"invalid-{name.replace('_', '-')}")
     if seen.sop_class_uid != arrival.sop_class_uid:
         return DOES_NOT_MATCH_SOP_CLASS, InvalidInstanceError("sop-class-mismatch")
+    if arrival.study_uid and seen.study_uid != arrival.study_uid:
+        return DOES_NOT_MATCH_SOP_CLASS, InvalidInstanceError("study-mismatch")
     if seen.sop_instance_uid != arrival.sop_instance_uid:
         return DOES_NOT_MATCH_SOP_CLASS, InvalidInstanceError("sop-instance-mismatch")
     return None

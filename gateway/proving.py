@@ -13,7 +13,7 @@ import structlog
 from clarion.crashpoints import effect
 from clarion.errors import PeerRefusedError, PeerUnavailableError
 from clarion.model import derive_uid
-from gateway.stow import WebPeer
+from gateway.web_peer import WebPeer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

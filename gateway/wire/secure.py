@@ -49,6 +49,11 @@ def _set_up(context: ssl.SSLContext, files: TlsFiles) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.set_ciphers(CIPHERS[files.profile])
+    take_over(context, files)
+
+
+def take_over(context: ssl.SSLContext, files: TlsFiles) -> None:
+    """Show the certificate that the files have now. Raises ConfigError."""
     if files.certificate is not None and files.key is not None:
         try:
             context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)
@@ -91,7 +96,7 @@ class Renewed:
     """
 
     def __init__(self, files: TlsFiles, make: Callable[[TlsFiles], ssl.SSLContext]) -> None:
-        self._files = files
+        self.files = files
         self._make = make
         self._lock = threading.Lock()
         self._context = make(files)
@@ -104,15 +109,15 @@ class Renewed:
             if stamps != self._seen:
                 self._seen = stamps
                 try:
-                    self._context = self._make(self._files)
-                    log.info("tls.renewed", certificate=str(self._files.certificate))
+                    self._context = self._make(self.files)
+                    log.info("tls.renewed", certificate=str(self.files.certificate))
                 except ConfigError as error:
                     log.warning("tls.notrenewed", reason=str(error))
             return self._context
 
     def _stamps(self) -> list[tuple[int, int, int]]:
         stamps = []
-        for path in (self._files.trusted, self._files.certificate, self._files.key):
+        for path in (self.files.trusted, self.files.certificate, self.files.key):
             try:
                 seen = path.stat() if path is not None else None
             except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clarion.config import GatewayConfig, ScpConfig, ScpTlsConfig
+from clarion.config import GatewayConfig, ScpConfig, ScpTlsConfig, StowConfig
 from clarion.dicom import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from gateway.access import REJECTIONS
 from gateway.association import LINGER_S, MOST_INSTANCES
@@ -16,10 +16,12 @@ from gateway.intake import (
     SUCCESS,
 )
 from gateway.receiver import STALL_S
+from gateway.uploads import MOST_INSTANCES as MOST_IN_A_REQUEST
 from gateway.wire import pdu
 from gateway.wire.acceptance import PLAIN, STORAGE, STORAGE_COMMITMENT, STORAGE_ROOT, VERIFICATION
 from gateway.wire.secure import CIPHERS
 
+STOW_PORT = StowConfig.model_fields["port"].default
 TLS_PORT = ScpTlsConfig.model_fields["port"].default
 TARGET = Path(__file__).parents[2] / "docs" / "conformance.md"
 
@@ -121,6 +123,10 @@ decoded without loss where the peer takes nothing else. Warnings 0xB000, 0xB006,
 
 DICOMweb (PS3.18), user agent: Store (10.5) of `application/dicom` in the stored transfer syntax, answers read as
 `application/dicom+json`; Search (10.6) for instances of a series.
+
+DICOMweb, origin server, where `gateway.stow` is configured (port {STOW_PORT} by default): Store of `application/dicom`
+at `/CALLED-AE-TITLE/studies` and `/CALLED-AE-TITLE/studies/STUDY-UID`, up to {MOST_IN_A_REQUEST} instances a request,
+statuses of 2.3 as failure reasons, answers in `application/dicom+json`.
 
 ## 4. Character sets
 

@@ -8,7 +8,7 @@ from clarion.crashpoints import effect
 from clarion.errors import PeerUnavailableError, PermanentError
 from gateway.pool import UnreachedError
 from gateway.statuses import UNSENDABLE, Outcome, classify
-from gateway.stow import WebPeer
+from gateway.web_peer import WebPeer
 
 if TYPE_CHECKING:
     from clarion.model import Destination

@@ -1,0 +1,215 @@
+"""STOW-RS as a server (PS3.18 10.5): who may send, the body as it comes, the result of each instance."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from clarion.model import is_uid
+from gateway.intake import OUT_OF_RESOURCES
+from gateway.multipart import MultipartError, parameters_of
+from gateway.uploads import Result, Sender, Upload
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from clarion.config import GatewayConfig, StowClient
+    from gateway.intake import Intake
+
+log = structlog.get_logger()
+
+MEDIA_TYPE = "application/dicom+json"
+_STALL_S = 30.0
+# A body has to make this much progress within each deadline.
+_PROGRESS_BYTES = 64 * 1024
+_RETRY_AFTER_S = "60"
+_FAILED, _STORED, _OTHER_FAILURES = "00081198", "00081199", "0008119A"
+_REFERENCED_CLASS, _REFERENCED_INSTANCE, _FAILURE_REASON = "00081150", "00081155", "00081197"
+
+
+class Stow:
+    """The routes, and what has been answered."""
+
+    def __init__(self, config: GatewayConfig, intake: Intake) -> None:
+        if config.stow is None:
+            raise ValueError("gateway.stow is not configured")
+        self._config = config
+        self._clients = config.stow.clients
+        self._most = config.stow.max_requests
+        self._called = {one.ae_title for one in config.ae_titles}
+        self._intake = intake
+        self._open = 0
+        self.stored = self.refused = 0
+        self.rejected: dict[str, int] = {}
+
+    @property
+    def open_requests(self) -> int:
+        """How many requests are being received."""
+        return self._open
+
+    def application(self) -> FastAPI:
+        """Make the application."""
+        application = FastAPI(title="Clarion STOW-RS", docs_url=None, redoc_url=None, openapi_url=None)
+
+        @application.post("/{called}/studies")
+        async def store(request: Request, called: str) -> Response:
+            return await self._store(request, called, "")
+
+        @application.post("/{called}/studies/{study}")
+        async def store_study(request: Request, called: str, study: str) -> Response:
+            return await self._store(request, called, study)
+
+        return application
+
+    async def _store(self, request: Request, called: str, study: str) -> Response:
+        client = self._client(request)
+        if client is None:
+            self._reject("token", request)
+            raise HTTPException(
+                401, "a token that gateway.stow.clients knows is required", {"WWW-Authenticate": "Bearer"}
+            )
+        if called not in self._called:
+            self._reject("called-ae", request)
+            raise HTTPException(404, f"{called!r} is none of gateway.ae_titles")
+        if study and not is_uid(study):
+            raise HTTPException(400, "the study in the path is no UID")
+        boundary = _boundary_of(request)
+        if self._open >= self._most:
+            self._reject("request-limit", request)
+            raise HTTPException(503, "too many requests at once", {"Retry-After": "5"})
+        if not self._intake.space.available():
+            self._reject("disk-space", request)
+            raise HTTPException(503, "disk space low", {"Retry-After": _RETRY_AFTER_S})
+        sender = Sender(calling_ae=client.ae_title, called_ae=called, study_uid=study)
+        self._open += 1
+        try:
+            return await self._receive(request, boundary, sender)
+        finally:
+            self._open -= 1
+
+    async def _receive(self, request: Request, boundary: str, sender: Sender) -> Response:
+        try:
+            upload = Upload(boundary, sender, self._intake, max_bytes=int(self._config.scp.max_instance_gb * 1e9))
+        except MultipartError as error:
+            raise HTTPException(400, str(error)) from error
+        log.info("association.requested", association=upload.id, calling_ae=sender.calling_ae,
+                 called_ae=sender.called_ae, address=_address(request))  # fmt: skip
+        reason = "failed"
+        try:
+            async for piece in _pieces(request):
+                await run_in_threadpool(upload.feed, piece)
+            results = await run_in_threadpool(upload.finish)
+            reason = ""
+        except MultipartError as error:
+            reason = str(error)
+            raise HTTPException(400, reason) from error
+        except TimeoutError as error:
+            reason = "stalled"
+            raise HTTPException(408, "nothing came in time") from error
+        except ClientDisconnect as error:
+            reason = "connection lost"
+            raise HTTPException(400, reason) from error
+        finally:
+            if reason:
+                await run_in_threadpool(upload.abandon, reason)
+            log.info("association.ended", association=upload.id, reason=reason or "released")
+        return self._respond(results)
+
+    def _respond(self, results: list[Result]) -> Response:
+        if not results:
+            raise HTTPException(400, "a body without a part")
+        stored = [one for one in results if one.stored]
+        failed = [one for one in results if not one.stored]
+        self.stored += len(stored)
+        self.refused += len(failed)
+        status, headers = 200, {}
+        if failed:
+            status = 202 if stored else 409
+        if not stored and all(one.answer.status == OUT_OF_RESOURCES for one in failed):
+            status, headers = 503, {"Retry-After": _RETRY_AFTER_S}
+        return JSONResponse(_described(stored, failed), status, headers, MEDIA_TYPE)
+
+    def _client(self, request: Request) -> StowClient | None:
+        """Find whose token it is, looking at all of them, whichever it is."""
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        given = token.strip().encode() if kind.lower() == "bearer" else b""
+        found = None
+        for one in self._clients:
+            if hmac.compare_digest(given, one.token.get_secret_value().encode()):
+                found = one
+        return found
+
+    def _reject(self, check: str, request: Request) -> None:
+        self.rejected[check] = self.rejected.get(check, 0) + 1
+        log.warning("association.rejected", check=check, address=_address(request))
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client is not None else ""
+
+
+def _boundary_of(request: Request) -> str:
+    """Read the boundary from the request's type. Raises HTTPException."""
+    kind, parameters = parameters_of(request.headers.get("content-type", ""))
+    if kind != "multipart/related" or parameters.get("type", "application/dicom").lower() != "application/dicom":
+        raise HTTPException(415, 'only multipart/related; type="application/dicom" is taken')
+    accepted = request.headers.get("accept", "*/*").lower()
+    if not any(one in accepted for one in (MEDIA_TYPE, "application/json", "application/*", "*/*")):
+        raise HTTPException(406, f"answers are {MEDIA_TYPE} only")
+    return parameters.get("boundary", "")
+
+
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """Give the body as it comes. Raises TimeoutError when it makes no progress, ClientDisconnect."""
+    stream = request.stream()
+    begun, progress = time.monotonic(), 0
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(stream), _STALL_S)
+        except StopAsyncIteration:
+            return
+        progress += len(piece)
+        now = time.monotonic()
+        if progress >= _PROGRESS_BYTES:
+            begun, progress = now, 0
+        elif now - begun > _STALL_S:
+            raise TimeoutError
+        if piece:
+            yield piece
+
+
+def _described(stored: list[Result], failed: list[Result]) -> dict[str, Any]:
+    """Describe the results as PS3.18 10.5.3.2 and PS3.18 F.2 have it."""
+    named = [one for one in failed if one.sop_instance_uid]
+    unnamed = [one for one in failed if not one.sop_instance_uid]
+    described: dict[str, Any] = {}
+    if stored:
+        described[_STORED] = _sequence([_item(one) for one in stored])
+    if named:
+        described[_FAILED] = _sequence([{**_item(one), **_reason(one)} for one in named])
+    if unnamed:
+        described[_OTHER_FAILURES] = _sequence([_reason(one) for one in unnamed])
+    return described
+
+
+def _sequence(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"vr": "SQ", "Value": items}
+
+
+def _item(result: Result) -> dict[str, Any]:
+    return {
+        _REFERENCED_CLASS: {"vr": "UI", "Value": [result.sop_class_uid]},
+        _REFERENCED_INSTANCE: {"vr": "UI", "Value": [result.sop_instance_uid]},
+    }
+
+
+def _reason(result: Result) -> dict[str, Any]:
+    return {_FAILURE_REASON: {"vr": "US", "Value": [result.answer.status]}}

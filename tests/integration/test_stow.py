@@ -1,0 +1,314 @@
+"""Receiving by STOW-RS: the same identity, journal and statuses as by C-STORE; streamed, bounded, closed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.certificates import Authority
+from support.dcmtk import storescu
+from support.raw import CT, EXPLICIT, data_set
+from support.scp import serving
+from support.system import describe, running
+from support.world import free_port, make_series, pause, uid_of
+
+from clarion.adapters.clock import SystemClock
+from clarion.adapters.objects import FileStore
+from clarion.config import GatewayConfig
+from clarion.dicom import part10, split_part10
+from clarion.digests import digest_of
+from clarion.errors import ConfigError
+from clarion.model import Destination, ObjectRef, WebAccess
+from console.checks import check_config
+from console.stow_stage import StowStage
+from gateway import journal
+from gateway.scu import Timeouts
+from gateway.web_peer import WebPeer
+
+TOKEN = "a-token-of-a-modality"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class Stow:
+    def __init__(self, root: Path, **gateway: Any) -> None:
+        self.root, self.port = root, free_port()
+        described = {
+            "ae_titles": [{"ae_title": "B"}],
+            "intake": {"watermark_percent": 100, "reserve_gb": 0},
+            **gateway,
+            "stow": {"port": self.port, "clients": [{"ae_title": "WEB", "token": TOKEN}], **gateway.get("stow", {})},
+        }
+        self.stage = StowStage(GatewayConfig.model_validate(described), root, SystemClock())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def post(self, *files: bytes, path: str = "/B/studies", **headers: str) -> httpx.Response:
+        body, kind = multipart(*files)
+        return httpx.post(
+            self.url + path, content=body, headers={**HEADERS, "Content-Type": kind, **headers}, timeout=30
+        )
+
+    def journalled(self) -> list[tuple[str, dict[str, Any]]]:
+        log = self.root / "journal" / "stow"
+        return [(one.kind, one.fields) for one in journal.read(log, journal.START, 10_000)]
+
+    def kept(self) -> dict[str, bytes]:
+        store = FileStore(self.root / "objects")
+        return {
+            fields["sop_instance_uid"]: store.read(ObjectRef(**fields["object"]))
+            for kind, fields in self.journalled()
+            if kind == "stored"
+        }
+
+
+@pytest.fixture
+def stow(tmp_path: Path) -> Iterator[Stow]:
+    one = Stow(tmp_path / "gateway")
+    yield one
+    one.stage.drain()
+
+
+def multipart(*files: bytes) -> tuple[bytes, str]:
+    body = b"".join(b"--bb\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % one for one in files) + b"--bb--\r\n"
+    return body, 'multipart/related; type="application/dicom"; boundary=bb'
+
+
+def file(uid: str, data: bytes | None = None) -> bytes:
+    data = data_set(uid) if data is None else data
+    return part10(data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT)
+
+
+def listed(answer: httpx.Response, sequence: str) -> list[tuple[str, int]]:
+    items = answer.json().get(sequence, {}).get("Value", [])
+    return [
+        (one.get("00081155", {}).get("Value", [""])[0], one.get("00081197", {}).get("Value", [0])[0]) for one in items
+    ]
+
+
+def test_what_is_acknowledged_is_kept_byte_for_byte_and_journalled_as_by_c_store(stow: Stow, tmp_path: Path) -> None:
+    files = make_series(tmp_path / "series")
+    answer = stow.post(*[one.read_bytes() for one in files])
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/dicom+json")
+    assert {uid for uid, _ in listed(answer, "00081199")} == set(map(uid_of, files))
+    assert stow.kept() == {uid_of(one): split_part10(one.read_bytes())[0] for one in files}
+    by_stow = [fields for kind, fields in stow.journalled() if kind == "stored"]
+    with serving(tmp_path / "dimse") as at:
+        storescu(files, at.port, calling="A", called="B")
+        by_dimse = [fields for kind, fields in at.journalled() if kind == "stored"]
+    for one, other in zip(by_stow, by_dimse, strict=True):
+        assert set(one) == set(other)
+        assert one["object"]["digest"] == other["object"]["digest"]
+        assert {**one, "object": 0, "association": 0, "calling_ae": 0} == {
+            **other, "object": 0, "association": 0, "calling_ae": 0,
+        }  # fmt: skip
+    ended = [fields for kind, fields in stow.journalled() if kind == "ended"]
+    assert [(one["calling_ae"], one["called_ae"], one["stored"], one["reason"]) for one in ended] == [
+        ("WEB", "B", len(files), "released")
+    ]
+
+
+def test_each_instance_has_its_own_result(stow: Stow) -> None:
+    """As by C-STORE: 0xA900, 0xC000, quarantined; what is no DICOM file is counted without a name."""
+    other = data_set("1.2.99")
+    files = [file("1.2.1"), file("1.2.2", other), file("1.2.3", data_set("1.2.3")[:-10]), b"no DICOM at all", b""]
+    answer = stow.post(*files)
+    assert answer.status_code == 202
+    assert listed(answer, "00081199") == [("1.2.1", 0)]
+    assert listed(answer, "00081198") == [("1.2.2", 0xA900), ("1.2.3", 0xC000)]
+    assert listed(answer, "0008119A") == [("", 0xC000), ("", 0xC000)]
+    kinds = [(kind, fields.get("reason")) for kind, fields in stow.journalled() if kind not in {"ended", "opened"}]
+    assert kinds == [("stored", None), ("quarantined", "sop-instance-mismatch"), ("quarantined", "truncated")]
+    assert stow.post(files[1]).status_code == 409
+
+
+def test_a_study_in_the_path_has_to_be_that_of_the_instances(stow: Stow) -> None:
+    right, wrong = file("1.2.1"), file("1.2.2", data_set("1.2.2", study="1.2.77"))
+    answer = stow.post(right, wrong, path="/B/studies/1.2.9")
+    assert answer.status_code == 202
+    assert listed(answer, "00081198") == [("1.2.2", 0xA900)]
+    assert stow.post(right, path="/B/studies/no-uid").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/B/studies", {"Authorization": ""}, 401),
+        ("/B/studies", {"Authorization": "Bearer wrong"}, 401),
+        ("/B/studies", {"Authorization": f"Basic {TOKEN}"}, 401),
+        ("/X/studies", {}, 404),
+        ("/B/series", {}, 404),
+        ("/B/studies", {"Content-Type": "multipart/related; type=application/dicom+json; boundary=bb"}, 415),
+        ("/B/studies", {"Content-Type": "application/dicom"}, 415),
+        ("/B/studies", {"Content-Type": "multipart/related; boundary="}, 400),
+        ("/B/studies", {"Accept": "application/dicom+xml"}, 406),
+    ],
+)
+def test_who_and_what_is_turned_away(path: str, headers: dict[str, str], status: int, stow: Stow) -> None:
+    """Bites: leave one route without the check, and anybody stores."""
+    answer = stow.post(file("1.2.1"), path=path, **headers)
+    assert answer.status_code == status
+    assert "detail" in answer.json()
+    assert stow.kept() == {}
+
+
+def test_a_body_that_is_cut_acknowledges_nothing(stow: Stow) -> None:
+    body, kind = multipart(file("1.2.1"), file("1.2.2"))
+    answer = httpx.post(
+        f"{stow.url}/B/studies", content=body[:-300], headers={**HEADERS, "Content-Type": kind}, timeout=30
+    )
+    assert answer.status_code == 400
+    assert "last boundary" in answer.json()["detail"]
+    with socket.create_connection(("127.0.0.1", stow.port)) as peer:
+        head = f"POST /B/studies HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {kind}\r\n"
+        peer.sendall(head.encode() + b"Content-Length: 100000\r\n\r\n" + body[:200])
+    for _ in range(500):
+        if [1 for kind, _ in stow.journalled() if kind == "ended"] and not stow.stage.facts()["requests"]:
+            break
+        pause(0.01)
+    assert stow.stage.facts()["requests"] == 0
+    assert set(stow.kept()) <= {"1.2.1"}
+
+
+def test_a_large_instance_takes_no_memory(stow: Stow) -> None:
+    """300 MB arrive; the process grows by less than a tenth of that. Bites: read the body before it is parsed."""
+    size, uid = 300 * 2**20, "1.2.1"
+    head = part10(data_set(uid)[:-100], sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT)
+    head = head[:-4] + size.to_bytes(4, "little")
+    block = bytes(2**20)
+
+    def body() -> Iterator[bytes]:
+        yield b"--bb\r\nContent-Type: application/dicom\r\n\r\n" + head
+        for _ in range(300):
+            yield block
+        yield b"\r\n--bb--\r\n"
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kind = multipart()[1]
+    answer = httpx.post(f"{stow.url}/B/studies", content=body(), headers={**HEADERS, "Content-Type": kind}, timeout=120)
+    assert answer.status_code == 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30 * 1024
+    stored = [fields for kind, fields in stow.journalled() if kind == "stored"]
+    assert stored[0]["object"]["size_bytes"] > size
+
+
+def test_short_disk_is_said_before_anything_is_read_and_ends_by_itself(tmp_path: Path) -> None:
+    stow = Stow(tmp_path / "gateway", intake={"watermark_percent": 100, "reserve_gb": 10**6})
+    try:
+        answer = stow.post(file("1.2.1"))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+        assert stow.stage.facts()["refusals"] == {"disk-space": 1}
+    finally:
+        stow.stage.drain()
+
+
+def test_requests_at_once_are_bounded(tmp_path: Path) -> None:
+    stow = Stow(tmp_path / "gateway", stow={"max_requests": 1})
+    go = threading.Event()
+    body, kind = multipart(file("1.2.1"))
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:100]
+        go.wait(20)
+        yield body[100:]
+
+    answers: list[int] = []
+
+    def send() -> None:
+        headers = {**HEADERS, "Content-Type": kind}
+        answers.append(httpx.post(f"{stow.url}/B/studies", content=slowly(), headers=headers, timeout=30).status_code)
+
+    try:
+        thread = threading.Thread(target=send)
+        thread.start()
+        for _ in range(500):
+            if stow.stage.facts()["requests"]:
+                break
+            pause(0.01)
+        refused = stow.post(file("1.2.2"))
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        go.set()
+        thread.join()
+        assert answers == [200]
+    finally:
+        stow.stage.drain()
+
+
+def test_our_own_client_delivers_to_our_own_server_under_tls(tmp_path: Path) -> None:
+    """The pair that two sites of ours make; a renewed certificate is shown without a restart."""
+    authority = Authority(tmp_path / "authority")
+    pair = authority.issue("ours", "127.0.0.1")
+    tls = {"certificate": str(pair.certificate), "key": str(pair.key)}
+    stow = Stow(tmp_path / "gateway", stow={"tls": tls})
+    try:
+        context = ssl.create_default_context(cafile=authority.ca)
+
+        def shown() -> bytes:
+            with (
+                socket.create_connection(("127.0.0.1", stow.port)) as plain,
+                context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+            ):
+                return secured.getpeercert(binary_form=True) or b""
+
+        first = shown()
+        from support.delivering import data_set as described
+        from support.delivering import encoded
+
+        from clarion.adapters.memory import MemoryStore
+        from clarion.model import ResultInstance, SeriesUid, SopInstanceUid, StudyUid, TlsFiles
+
+        store, data = MemoryStore(), encoded(described(1))
+        instance = ResultInstance(
+            output="o", modality="CT", study_uid=StudyUid("1.2"), series_uid=SeriesUid("1.2.3"),
+            sop_instance_uid=SopInstanceUid("1.2.3.1"), sop_class_uid=CT, transfer_syntax_uid=EXPLICIT,
+            object=store.put(data),
+        )  # fmt: skip
+        destination = Destination(
+            name="site", ae_title="", host="", port=0, tls=TlsFiles(trusted=authority.ca),
+            web=WebAccess(url=f"https://127.0.0.1:{stow.port}/B", secret=TOKEN),
+        )  # fmt: skip
+        with WebPeer(destination, Timeouts(connect_s=5, dimse_s=10)) as peer:
+            assert peer.store([instance], store) == {"1.2.3.1": (0, "")}
+        assert stow.kept() == {"1.2.3.1": data}
+        authority.issue("ours", "127.0.0.1")
+        stow.stage.step()
+        assert shown() != first
+    finally:
+        stow.stage.drain()
+
+
+def test_a_study_by_stow_becomes_a_job_in_the_running_system(tmp_path: Path) -> None:
+    """As a process of `clarion up`; a restart in the middle finds everything that was acknowledged."""
+    port = free_port()
+    client = {"ae_title": "WEB", "token": TOKEN}
+    config = describe(tmp_path / "clarion", stow={"port": port, "clients": [client]})
+    files = make_series(tmp_path / "series")
+    body, kind = multipart(*[one.read_bytes() for one in files])
+    with running(config) as system:
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/CHEST/studies",
+            content=body,
+            headers={**HEADERS, "Content-Type": kind},
+            timeout=30,
+        )
+        assert answer.status_code == 200
+    with running(config) as system:
+        system.wait_for(lambda: bool(system.studies()), "the study")
+        view = system.wait_for_state(system.studies()[0], "Produced", "Failed")
+        assert view.state == "Produced"
+        digests = {digest_of(split_part10(one.read_bytes())[0]) for one in files}
+        assert len(digests) == len(files)
+
+
+def test_beyond_loopback_it_needs_tls(tmp_path: Path) -> None:
+    path = tmp_path / "clarion.yaml"
+    client = {"ae_title": "WEB", "token": TOKEN}
+    path.write_text(json.dumps({"gateway": {"stow": {"host": "0.0.0.0", "clients": [client]}}}))
+    with pytest.raises(ConfigError, match="tokens would be in the clear; set tls"):
+        check_config(path)
