@@ -23,6 +23,7 @@ EFFECTS = (
     "journal.write",
     "journal.sync",
     "journal.rotate",
+    "segment.free",
     "scp.respond",
     "scp.associationended",
     "grouping.manifest",

@@ -29,6 +29,7 @@ from clarion.elements import DEFLATED_LE, EXPLICIT_LE
 from clarion.errors import InvalidInstanceError, MissingObjectError, StoreUnavailableError, describe
 from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables
+from gateway.compaction import Compactor
 from gateway.records import SOURCE, Records
 from gateway.rulings import GROUPING_FAILED, RULE_RETRY, TROUBLES, decide, removed
 from gateway.runs import Run
@@ -90,6 +91,7 @@ class Grouping:
         doorbell: Doorbell | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
+        self._compactor = Compactor(journal_folder, database, store, reader=READER)
         self._wake = wake
         self._rung = 0.0
         self._folder = journal_folder
@@ -118,7 +120,7 @@ class Grouping:
         oldest = next((one.time for one in entries if one.kind != journal.DAMAGED), None)
         self._backlog = _Backlog(len(entries), oldest, len(entries) == _BATCH)
         if not entries:
-            return self._judge_waiting(now)
+            return self._judge_waiting(now) or self._compactor.step()
         known = self._known(entries)
         prepared = self._prepare(entries, known)
         moved: dict[str, journal.Position] = {}
@@ -194,6 +196,8 @@ class Grouping:
         facts: dict[str, object] = {"records_taken": self._taken, "records_waiting": backlog.records}
         if backlog.records and backlog.oldest is not None:
             facts["waiting_since"] = backlog.oldest.isoformat()
+        if self._compactor.freed:
+            facts["segments_freed"] = self._compactor.freed
         if backlog.more:
             facts["records_waiting"] = f"{max(1, backlog.records)} or more"
         return facts

@@ -154,13 +154,27 @@ def _read_segment(folder: Path, number: int, offset: int, end: Position, numbers
 
 
 def _announced(folder: Path, number: int, numbers: list[int]) -> tuple[int, frozenset[int]]:
+    # Only damage to a first record hides an end: what can be read is read.
+    return announced(folder, number, numbers) or (segment_path(folder, number).stat().st_size, frozenset())
+
+
+def end_path(folder: Path, number: int) -> Path:
+    """Give the file in which a segment's end is kept when the segment that announced it has been freed."""
+    return folder / f"{number:08d}.end"
+
+
+def announced(folder: Path, number: int, numbers: list[int]) -> tuple[int, frozenset[int]] | None:
     """Find where a segment ends, and what of it is torn, in the first records of its successors."""
+    try:
+        said = json.loads(end_path(folder, number).read_bytes())
+        return said["end"], frozenset(said["torn"])
+    except (FileNotFoundError, ValueError):
+        pass  # a power cut may have left it empty
     for later in (one for one in numbers if one > number):
         opened = opening(folder, later)
         if opened is not None and str(number) in opened["ends"]:
             return opened["ends"][str(number)], frozenset(opened["torn"].get(str(number), ()))
-    # Only damage to a first record hides an end: what can be read is read.
-    return segment_path(folder, number).stat().st_size, frozenset()
+    return None
 
 
 def opening(folder: Path, number: int) -> dict[str, Any] | None:

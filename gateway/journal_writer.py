@@ -171,10 +171,12 @@ def recover(folder: Path) -> tuple[dict[int, int], dict[int, list[int]]]:
     committed = journal.committed_end(folder)
     openings = {number: journal.opening(folder, number) for number in numbers}
     announced = {int(one) for opened in openings.values() if opened is not None for one in opened["ends"]}
+    # Whoever opened the last of them announced all before it; some who did so have been freed since.
+    last = max((number for number, opened in openings.items() if opened is not None), default=0)
     ends: dict[int, int] = {}
     torn: dict[int, list[int]] = {}
     for number in numbers:
-        if number not in announced:
+        if number not in announced and number >= last:
             # What is committed was synced and acknowledged: if it cannot be read now, it is damaged and not torn.
             sure = committed.offset if number == committed.segment else 0
             end, half = _recover_one(folder, number)

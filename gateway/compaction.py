@@ -1,0 +1,191 @@
+"""Gives segments of the journal back to their writers when little of what lies in them is still wanted.
+
+What is wanted: a data set that a row of the tables refers to where it lies. It is copied into the object store under
+its digest, where every reader looks next, and then the segment's file is renamed; its writer writes over it. Of a
+duplicate the first copy is wanted; when that can no longer be read, the duplicate repairs it. Only segments that the
+grouping owner has read to their end are looked at, never the newest of a log, each once in the life of a process: what
+is wanted of one becomes less only by retention, which says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+import structlog
+
+from clarion.adapters.files import sync_folder, write_whole
+from clarion.adapters.objects import segment_path
+from clarion.crashpoints import effect
+from clarion.errors import MissingObjectError, StoreUnavailableError
+from clarion.model import ObjectRef
+from gateway import journal, tables
+from gateway.segments import FREED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clarion.adapters.database import Database
+    from clarion.ports import ObjectStore
+
+log = structlog.get_logger()
+
+# Copying costs as much as was written: worth it when at least half becomes free.
+_WORTH = 0.5
+_ROWS = 200
+# Files that wait to be written over; what is more goes back to the file system.
+_MOST_FREED = 4
+
+
+@dataclass(slots=True)
+class _Segment:
+    log: str
+    number: int
+    wanted: list[ObjectRef]
+    wanted_bytes: int = 0
+    all_bytes: int = 0
+    whole: bool = True
+
+
+class Compactor:
+    """Looks at one segment a step. For the grouping owner, when it has nothing else to do."""
+
+    def __init__(self, folder: Path, database: Database, store: ObjectStore, *, reader: str) -> None:
+        self._folder = folder
+        self._database = database
+        self._store = store
+        self._reader = reader
+        self._seen: set[tuple[str, int]] = set()
+        self.freed = 0
+
+    def look_again(self) -> None:
+        """Something was removed from the tables: what is wanted of each segment may have become less."""
+        self._seen.clear()
+
+    def step(self) -> bool:
+        """Look at the next segment that was not looked at; tell whether there was one. Raises StoreUnavailableError."""
+        found = self._next()
+        if found is None:
+            return False
+        name, number = found
+        self._seen.add(found)
+        try:
+            segment = self._look(name, number)
+            if segment.whole and segment.all_bytes - segment.wanted_bytes >= _WORTH * max(1, segment.all_bytes):
+                self._free(segment)
+        except OSError as error:
+            raise StoreUnavailableError(f"a segment of the journal cannot be looked at: {error.strerror}") from error
+        return True
+
+    def _next(self) -> tuple[str, int] | None:
+        table = tables.journal_positions
+        with self._database.reading() as connection:
+            rows = connection.execute(sa.select(table).where(table.c.reader == self._reader)).all()
+        for row in rows:
+            if not (self._folder / row.log).is_dir():
+                continue
+            numbers = journal.segments(self._folder / row.log)
+            for number in numbers[:-1]:
+                if number < row.segment and (row.log, number) not in self._seen:
+                    return row.log, number
+        return None
+
+    def _look(self, name: str, number: int) -> _Segment:
+        """Find what is wanted of a segment; one with damage in it may hide something, and is kept as it is."""
+        segment = _Segment(name, number, [])
+        folder = self._folder / name
+        announced = journal.announced(folder, number, journal.segments(folder))
+        if announced is None:
+            segment.whole = False
+            return segment
+        end, torn = announced
+        with journal.SegmentFile(folder, number) as file:
+            batch: list[journal.Entry] = []
+            for entry in file.entries(0, end, torn):
+                segment.whole = segment.whole and entry.kind != journal.DAMAGED
+                if entry.head:
+                    batch.append(entry)
+                if len(batch) == _ROWS:
+                    self._judge(segment, batch)
+                    batch = []
+            self._judge(segment, batch)
+        return segment
+
+    def _judge(self, segment: _Segment, entries: list[journal.Entry]) -> None:
+        refs = {ObjectRef(**one.fields["object"]) for one in entries}
+        referred = self._referred(entries)
+        for ref in refs:
+            segment.all_bytes += ref.size_bytes
+            first = referred.get(ref.digest, [])
+            if ref in first:
+                segment.wanted.append(ref)
+                segment.wanted_bytes += ref.size_bytes
+            elif first and not any(self._is_readable(one) for one in first):
+                self._repair(ref)
+
+    def _referred(self, entries: list[journal.Entry]) -> dict[str, list[ObjectRef]]:
+        """Give what the tables refer to, of the instances that some records are about, by digest."""
+        uids = sorted({str(one.fields.get("sop_instance_uid")) for one in entries})
+        studies = sorted({str(one.fields.get("study_uid")) for one in entries})
+        instances, quarantine = tables.instances, tables.quarantine
+        queries = (
+            sa.select(instances.c.object).where(instances.c.sop_instance_uid.in_(uids)),
+            sa.select(quarantine.c.object).where(quarantine.c.study_uid.in_(studies)),
+        )
+        found: dict[str, list[ObjectRef]] = {}
+        with self._database.reading() as connection:
+            for query in queries:
+                for described in connection.execute(query).scalars():
+                    if described is not None:
+                        ref = ObjectRef(**described)
+                        found.setdefault(ref.digest, []).append(ref)
+        return found
+
+    def _repair(self, ref: ObjectRef) -> None:
+        """The copy that the tables refer to can no longer be read; this one is put where it is looked for then."""
+        try:
+            self._store.put(self._store.read(ref))
+        except MissingObjectError as error:
+            log.error("object.lost", digest=ref.digest, reason=str(error))  # noqa: TRY400  as its name says
+            return
+        log.warning("object.repaired", digest=ref.digest)
+
+    def _is_readable(self, ref: ObjectRef) -> bool:
+        try:
+            self._store.read(ref)
+        except (MissingObjectError, StoreUnavailableError):
+            return False
+        return True
+
+    def _free(self, segment: _Segment) -> None:
+        """Copy what is wanted, then let the file be written over."""
+        for ref in segment.wanted:
+            try:
+                self._store.put(self._store.read(ref))
+            except MissingObjectError as error:
+                # Damaged where it lies: nothing that another copy could be made of, and nothing to be thrown away.
+                log.error("segment.kept", log=segment.log, segment=segment.number, reason=str(error))  # noqa: TRY400
+                return
+        folder = self._folder / segment.log
+        path = segment_path(folder, segment.number)
+        self._keep_ends(folder, segment.number)
+        with effect("segment.free"):
+            if len(list(folder.glob(f"{FREED}*"))) >= _MOST_FREED:
+                path.unlink()
+            else:
+                path.rename(folder / f"{FREED}{path.name}")
+            journal.end_path(folder, segment.number).unlink(missing_ok=True)
+            sync_folder(folder)
+        self.freed += 1
+        log.info("segment.freed", log=segment.log, segment=segment.number, copied=len(segment.wanted))
+
+    def _keep_ends(self, folder: Path, number: int) -> None:
+        """Keep what the segment says of the ends of others that are still there."""
+        numbers = journal.segments(folder)
+        opened = journal.opening(folder, number) or {"ends": {}, "torn": {}}
+        for other, end in opened["ends"].items():
+            path = journal.end_path(folder, int(other))
+            if int(other) in numbers and not path.exists():
+                write_whole(path, json.dumps({"end": end, "torn": opened["torn"].get(other, [])}).encode())
