@@ -9,6 +9,8 @@ from clarion.adapters.objects import FileStore
 from console.stages import STOW
 from gateway.access import AccessList
 from gateway.admitting import Admitting
+from gateway.association import Shared
+from gateway.association_log import LOST, AssociationLog
 from gateway.board import Board, HeldByAll
 from gateway.doorbell import Doorbell
 from gateway.guard import Guard
@@ -43,6 +45,19 @@ if TYPE_CHECKING:
         def drain(self, deadline_s: float) -> None:
             """Turn away who comes, let associations end until the deadline."""
 
+    class Receive(Protocol):
+        """Starts them."""
+
+        def __call__(
+            self,
+            board: Board,
+            make_guard: Callable[[], Runnable],
+            make_worker: Callable[[int], Runnable],
+            lost: Callable[[int, int], None],
+            /,
+        ) -> Receiving:
+            """Start the guard and the workers; be told by `lost` of a worker that ended with its associations."""
+
 
 _DRAIN_S = 15.0
 
@@ -55,7 +70,7 @@ class IntakeStage:
         config: GatewayConfig,
         data: Path,
         clock: Clock,
-        receive: Callable[[Board, Callable[[], Runnable], Callable[[int], Runnable]], Receiving] = Receiver,
+        receive: Receive = Receiver,
         measure: Callable[[Path], tuple[int, int]] = free_bytes,
     ) -> None:
         self._measure = measure
@@ -65,13 +80,16 @@ class IntakeStage:
         self._store = FileStore(data / "objects")
         self._store.clear_incoming()
         self._space = Space(data, config.intake, measure)
-        self.board = Board(worker_count(config.scp))
+        titles = [one.ae_title for one in config.sources]
+        titles += [one.ae_title for one in config.destinations if one.ae_title is not None]
+        self.board = Board(worker_count(config.scp), titles)
+        self._written = AssociationLog(data)
         self._settle_logs()
         self._listener = listen(config.scp.host, config.scp.port)
         self._tls = config.scp.tls
         self._secure = listen(self._tls.host, self._tls.port) if self._tls is not None else None
         self._channels: Channels = channels(self.board.workers)
-        self.receiver = receive(self.board, self._make_guard, self._make_worker)
+        self.receiver = receive(self.board, self._make_guard, self._make_worker, self._note_lost)
 
     def _settle_logs(self) -> None:
         """There may have been more workers once: what their logs hold is read as well."""
@@ -79,6 +97,11 @@ class IntakeStage:
         ours = {f"w{index}" for index in range(self.board.workers)} | ({STOW} if self._config.stow else set())
         for name in set(logs(folder)) - ours:
             settle(folder / name, self._clock)
+
+    def _note_lost(self, worker: int, count: int) -> None:
+        """Write down that associations ended with their worker; which ones only their peers know."""
+        if count:
+            self._written.write(LOST, associations=count, reason=f"worker {worker} has ended")
 
     def step(self) -> bool:
         """Replace a process that has ended; associations are not our work."""
@@ -98,6 +121,7 @@ class IntakeStage:
             "refused": sum(one[1] for one in slots),
             "bytes": sum(one[2] for one in slots),
             "processes": self.receiver.pids,
+            "peers": self.board.peers,
             "replaced_workers": sum(one.restarts for one in self.board.slots),
             "space": "ok" if self._space.available() else "low",
         }
@@ -117,6 +141,7 @@ class IntakeStage:
             admitting=self._admitting(Space(self._data, self._config.intake, self._measure)),
             board=self.board,
             stall_s=STALL_S,
+            written=AssociationLog(self._data),
             secure=self._secure,
         )
 
@@ -136,10 +161,13 @@ class IntakeStage:
         )
         worker = Worker(
             self._channels.worker[index],
-            config=self._config.scp,
-            intake=intake,
-            slot=slot,
-            deadlines=Deadlines(stall_s=STALL_S, idle_s=self._config.scp.idle_timeout_s),
+            Shared(
+                config=self._config.scp,
+                intake=intake,
+                slot=slot,
+                deadlines=Deadlines(stall_s=STALL_S, idle_s=self._config.scp.idle_timeout_s),
+                written=AssociationLog(self._data),
+            ),
             drain_s=_DRAIN_S,
             admitting=self._admitting(space),
             tls=Renewed(self._tls.files, acceptor_context) if self._tls is not None else None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from clarion.adapters.deadletters import count_by_reason
 from clarion.adapters.history import last_position
+from clarion.service import read_heartbeats
 from console.stages import read_stages
 from gateway.queries import count_deliveries, count_open_groups, count_quarantine
 from orchestrator.queries import count_jobs
@@ -29,7 +30,7 @@ METRICS_TYPE = CONTENT_TYPE_LATEST
 def render_metrics(config: Config, database: Database, carried: Carried) -> bytes:
     """Give every metric as text. Raises BusUnavailableError when the database cannot be read."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Reading([*_carriage(carried), *_stages(config), *_tables(database)]))
+    registry.register(_Reading([*_carriage(carried), *_stages(config), *_peers(config), *_tables(database)]))
     return generate_latest(registry)
 
 
@@ -75,6 +76,35 @@ def _stages(config: Config) -> Iterator[Metric]:
         well.add_metric([one["stage"]], one["state"] == "running")
     yield up
     yield well
+
+
+def _peers(config: Config) -> Iterator[Metric]:
+    """What each calling AE title sent since the receiving processes started, by C-STORE and by STOW-RS."""
+    labels = ["calling_ae", "by"]
+    families = {
+        "associations": CounterMetricFamily("clarion_peer_associations", "Associations, or requests.", labels=labels),
+        "stored": CounterMetricFamily("clarion_peer_instances_stored", "Instances acknowledged.", labels=labels),
+        "refused": CounterMetricFamily("clarion_peer_instances_refused", "Instances refused.", labels=labels),
+        "bytes": CounterMetricFamily("clarion_peer_bytes", "Bytes of data sets.", labels=labels),
+    }
+    rejected = CounterMetricFamily(
+        "clarion_associations_rejected", "Associations rejected, by the check that failed.", labels=["check", "by"]
+    )
+    for beat in read_heartbeats(config.data / "run"):
+        by = {"intake": "c-store", "stow": "stow-rs"}.get(beat.stage)
+        if by is None:
+            continue
+        for title, counts in _mapping(beat.facts.get("peers")).items():
+            for name, family in families.items():
+                family.add_metric([title, by], _mapping(counts).get(name, 0))
+        for check, count in _mapping(beat.facts.get("refusals")).items():
+            rejected.add_metric([check, by], count)
+    yield from families.values()
+    yield rejected
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _tables(database: Database) -> Iterator[Metric]:

@@ -55,11 +55,14 @@ def show_state(state: dict[str, Any]) -> None:
     for column in ("stage", "state", "pid", "facts"):
         table.add_column(column)
     for one in state["stages"]:
-        facts = "; ".join(_fact(key, value) for key, value in one.get("facts", {}).items() if value not in ("", {}, []))
+        shown = {key: value for key, value in one.get("facts", {}).items() if value not in ("", {}, [], None)}
+        shown.pop("peers", None)  # in a table of its own
+        facts = "; ".join(_fact(key, value) for key, value in shown.items())
         colour = {"running": "green", "behind": "yellow"}.get(one["state"], "red")
         said = f"[{colour}]{one['state']}[/]"
         table.add_row(one["stage"], said, str(one["pid"] or "-"), escape(one["trouble"] or facts))
     screen.print(table)
+    _show_peers(screen, state["stages"])
     late = [f"{one['consumer']} {one['behind']}" for one in state.get("consumers", []) if one["behind"]]
     behind = f"{', '.join(late)} events" if late else "nobody"
     jobs = ", ".join(f"{count} {name}" for name, count in state.get("jobs", {}).items()) or "none"
@@ -81,6 +84,16 @@ def show_state(state: dict[str, Any]) -> None:
         )
     if state["database"] != "ok":
         screen.print(f"[red]database: {escape(state['database'])}[/]")
+
+
+def _show_peers(screen: Console, stages: list[dict[str, Any]]) -> None:
+    """Print what each calling AE title sent since receiving was started."""
+    table = Table("peer", "associations", "stored", "refused", "bytes", box=None)
+    for one in stages:
+        for title, counts in (one.get("facts", {}).get("peers") or {}).items():
+            table.add_row(escape(title), *(f"{count:,}" for count in counts.values()))
+    if table.row_count:
+        screen.print(table)
 
 
 def _fact(key: str, value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -14,6 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from clarion.model import is_uid
+from gateway.association_log import ENDED, REJECTED
+from gateway.board import PEER_NUMBERS
 from gateway.intake import OUT_OF_RESOURCES
 from gateway.multipart import MultipartError, parameters_of
 from gateway.uploads import Result, Sender, Upload
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from clarion.config import GatewayConfig, StowClient
+    from gateway.association_log import AssociationLog
     from gateway.intake import Intake
 
 log = structlog.get_logger()
@@ -38,7 +42,9 @@ _REFERENCED_CLASS, _REFERENCED_INSTANCE, _FAILURE_REASON = "00081150", "00081155
 class Stow:
     """The routes, and what has been answered."""
 
-    def __init__(self, config: GatewayConfig, intake: Intake) -> None:
+    def __init__(self, config: GatewayConfig, intake: Intake, written: AssociationLog) -> None:
+        self._written = written
+        self.peers: dict[str, list[int]] = {}
         if config.stow is None:
             raise ValueError("gateway.stow is not configured")
         self._config = config
@@ -102,7 +108,7 @@ class Stow:
             raise HTTPException(400, str(error)) from error
         log.info("association.requested", association=upload.id, calling_ae=sender.calling_ae,
                  called_ae=sender.called_ae, address=_address(request))  # fmt: skip
-        reason = "failed"
+        reason, begun = "failed", time.monotonic()
         try:
             async for piece in _pieces(request):
                 await run_in_threadpool(upload.feed, piece)
@@ -120,16 +126,37 @@ class Stow:
         finally:
             if reason:
                 await run_in_threadpool(upload.abandon, reason)
-            log.info("association.ended", association=upload.id, reason=reason or "released")
+            self._note_ended(request, upload, sender, reason or "released", begun)
         return self._respond(results)
+
+    def _note_ended(self, request: Request, upload: Upload, sender: Sender, reason: str, begun: float) -> None:
+        log.info("association.ended", association=upload.id, reason=reason)
+        stored = sum(one.stored for one in upload.results)
+        refused = Counter(f"0x{one.answer.status:04X}" for one in upload.results if not one.stored)
+        self.stored += stored
+        self.refused += refused.total()
+        counts = self.peers.setdefault(sender.calling_ae, [0] * len(PEER_NUMBERS))
+        for index, count in enumerate((1, stored, refused.total(), upload.size)):
+            counts[index] += count
+        self._written.write(
+            ENDED,
+            association=upload.id,
+            calling_ae=sender.calling_ae,
+            called_ae=sender.called_ae,
+            address=_address(request),
+            web=True,
+            seconds=round(time.monotonic() - begun, 3),
+            reason=reason,
+            stored=stored,
+            refused=refused,
+            bytes=upload.size,
+        )
 
     def _respond(self, results: list[Result]) -> Response:
         if not results:
             raise HTTPException(400, "a body without a part")
         stored = [one for one in results if one.stored]
         failed = [one for one in results if not one.stored]
-        self.stored += len(stored)
-        self.refused += len(failed)
         status, headers = 200, {}
         if failed:
             status = 202 if stored else 409
@@ -150,6 +177,7 @@ class Stow:
     def _reject(self, check: str, request: Request) -> None:
         self.rejected[check] = self.rejected.get(check, 0) + 1
         log.warning("association.rejected", check=check, address=_address(request))
+        self._written.write(REJECTED, check=check, web=True, address=_address(request))
 
 
 def _address(request: Request) -> str:

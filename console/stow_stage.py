@@ -8,6 +8,8 @@ from clarion.adapters.objects import FileStore
 from console.stages import STOW
 from console.stow import Stow
 from console.web_server import WebServer
+from gateway.association_log import AssociationLog
+from gateway.board import PEER_NUMBERS
 from gateway.doorbell import Doorbell
 from gateway.intake import Intake
 from gateway.journal_writer import JournalWriter
@@ -36,7 +38,7 @@ class StowStage:
             space=self._space,
             ignored_classes={one.ae_title: frozenset(one.ignored_sop_classes) for one in config.ae_titles},
         )
-        self._stow = Stow(config, intake)
+        self._stow = Stow(config, intake, AssociationLog(data))
         self._port = config.stow.port
         self._server = WebServer(
             self._stow.application(),
@@ -59,6 +61,9 @@ class StowStage:
             "stored": self._stow.stored,
             "refused": self._stow.refused,
             "refusals": self._stow.rejected,
+            "peers": {
+                title: dict(zip(PEER_NUMBERS, counts, strict=True)) for title, counts in self._stow.peers.items()
+            },
             "space": "ok" if self._space.available() else "low",
         }
 

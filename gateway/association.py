@@ -6,7 +6,10 @@ and concerns nobody else.
 
 from __future__ import annotations
 
+import ssl
+import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +17,7 @@ import structlog
 
 from clarion.crashpoints import effect, reach
 from clarion.errors import StoreUnavailableError
+from gateway.association_log import ENDED
 from gateway.commitments import MAX_DATA_SET_BYTES, read_report, read_request
 from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
 from gateway.wire import commands, pdu
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
     from clarion.config import ScpConfig
     from gateway.access import Admission
+    from gateway.association_log import AssociationLog
     from gateway.board import Slot
     from gateway.intake import Intake
     from gateway.wire.pdu import Request
@@ -96,6 +101,17 @@ class Collected:
         """Nothing was kept."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What the associations of a worker have in common."""
+
+    config: ScpConfig
+    intake: Intake
+    deadlines: Deadlines
+    slot: Slot
+    written: AssociationLog
+
+
 class Association:
     """Serves one peer until one of the two ends it. `stop` may be called by any thread."""
 
@@ -105,29 +121,29 @@ class Association:
         request: Request,
         admission: Admission,
         address: str,
-        *,
-        config: ScpConfig,
-        intake: Intake,
-        deadlines: Deadlines,
-        slot: Slot,
+        shared: Shared,
     ) -> None:
+        self._written = shared.written
         self.id = uuid.uuid4().hex
         self._connection = connection
         self._request = request
         self._admission = admission
         self._address = address
-        self._config = config
-        self._intake = intake
-        self._deadlines = deadlines
-        self._slot = slot
-        self._max_bytes = int(config.max_instance_gb * 1e9)
-        self._negotiated = negotiate(request, config)
+        self._config = shared.config
+        self._intake = shared.intake
+        self._deadlines = shared.deadlines
+        self._slot = shared.slot
+        self._max_bytes = int(shared.config.max_instance_gb * 1e9)
+        self._negotiated = negotiate(request, shared.config)
         self._command: Mapping[int, bytes] = {}
         self._context = 0
         self._message: _Message | None = None
         self._size = 0
         self._stopped = ""
         self._studies: dict[str, list[int]] = {}
+        self._begun = time.monotonic()
+        self._statuses: Counter[int] = Counter()
+        self._bytes = 0
 
     def run(self) -> None:
         """Accept the association and serve it to its end; closes the connection. Never raises."""
@@ -204,6 +220,23 @@ class Association:
 
     def _ended(self, reason: str) -> None:
         log.info("association.ended", association=self.id, reason=reason)
+        stored = self._statuses[SUCCESS]
+        refused = self._statuses.total() - stored
+        self._slot.peers.add(self._request.calling, (1, stored, refused, self._bytes))
+        self._written.write(
+            ENDED,
+            association=self.id,
+            calling_ae=self._request.calling,
+            called_ae=self._request.called,
+            address=self._address,
+            tls=isinstance(self._connection, ssl.SSLSocket),
+            implementation=self._request.implementation,
+            seconds=round(time.monotonic() - self._begun, 3),
+            reason=reason,
+            stored=stored,
+            refused={f"0x{status:04X}": count for status, count in self._statuses.items() if status != SUCCESS},
+            bytes=self._bytes,
+        )
         with effect("scp.associationended"):
             self._intake.association_ended(
                 self.id,
@@ -264,6 +297,8 @@ class Association:
             counts = self._studies.setdefault(answer.study_uid, [0, 0])
             counts[0 if answer.status == SUCCESS else 1] += 1
             self._slot.answered(self._size, success=answer.status == SUCCESS)
+            self._statuses[answer.status] += 1
+            self._bytes += self._size
         if field == commands.C_STORE_RQ and answer.status == SUCCESS:
             reach("before:scp.respond")
             self._send(commands.stored(self._command))

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import mmap
 import threading
+from typing import TYPE_CHECKING
 
 from gateway.access import REJECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 MALFORMED = "malformed-request"
 CHECKS = (*(one.check for one in REJECTIONS), MALFORMED)
@@ -20,20 +24,31 @@ _WORKERS_AT = _CHECKS_AT + 24
 _HANDED, _ENDED, _TAKEN, _HELD, _STORED, _REFUSED, _BYTES, _RESTARTS, _READY, _SECURED, _OPENED = range(11)
 _NUMBERS = 11
 _TEXT_BYTES = 512
+PEER_NUMBERS = ("associations", "stored", "refused", "bytes")
+_PEER_NUMBERS = len(PEER_NUMBERS)
+_MOST_PEERS = 1000
+OTHERS = "(others)"
+"""Stands for every AE title that no list has."""
 MOST_WORKERS = 16
 
 
 class Board:
-    """The shared numbers of a guard and some workers."""
+    """The shared numbers of a guard and some workers; those of `peers` are kept for each, others together."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, peers: Sequence[str] = ()) -> None:
         self.workers = workers
-        numbers = _WORKERS_AT + MOST_WORKERS * _NUMBERS
+        self._peers = {title: index for index, title in enumerate(dict.fromkeys((OTHERS, *peers[:_MOST_PEERS])))}
+        peers_at = _WORKERS_AT + MOST_WORKERS * _NUMBERS
+        each = len(self._peers) * _PEER_NUMBERS
+        numbers = peers_at + workers * each
         self._map = mmap.mmap(-1, numbers * 8 + _TEXT_BYTES)
         view = memoryview(self._map)
         self._numbers = view[: numbers * 8].cast("q")
         self._text = view[numbers * 8 :]
-        self.slots = tuple(Slot(self._numbers, _WORKERS_AT + one * _NUMBERS) for one in range(workers))
+        self.slots = tuple(
+            Slot(self._numbers, _WORKERS_AT + one * _NUMBERS, Peers(self._numbers, peers_at + one * each, self._peers))
+            for one in range(workers)
+        )
 
     def slot(self, worker: int) -> Slot:
         """Give the numbers of one worker."""
@@ -63,6 +78,16 @@ class Board:
         return sum(max(0, one.open - one.opening) for one in self.slots)
 
     @property
+    def peers(self) -> dict[str, dict[str, int]]:
+        """What each calling AE title did, summed over the workers; those who did something."""
+        counted: dict[str, dict[str, int]] = {}
+        for title in self._peers:
+            numbers = [slot.peers.of(title) for slot in self.slots]
+            if any(map(any, numbers)):
+                counted[title] = dict(zip(PEER_NUMBERS, map(sum, zip(*numbers, strict=True)), strict=True))
+        return counted
+
+    @property
     def refusals(self) -> dict[str, int]:
         """How many associations were rejected, by the check that failed."""
         counts = {check: self._numbers[_CHECKS_AT + index] for index, check in enumerate(CHECKS)}
@@ -87,9 +112,10 @@ class Slot:
     The threads of a process count through one Slot.
     """
 
-    def __init__(self, numbers: memoryview[int], at: int) -> None:
+    def __init__(self, numbers: memoryview[int], at: int, peers: Peers) -> None:
         self._numbers = numbers
         self._at = at
+        self.peers = peers
         self._lock = threading.Lock()
 
     def _get(self, which: int) -> int:
@@ -179,6 +205,31 @@ class Slot:
     def counts(self) -> tuple[int, int, int]:
         """Instances answered with success, instances refused, bytes of both."""
         return self._get(_STORED), self._get(_REFUSED), self._get(_BYTES)
+
+
+class Peers:
+    """What each calling AE title did with one worker; its threads count at the end of an association, and seldom."""
+
+    def __init__(self, numbers: memoryview[int], at: int, titles: Mapping[str, int]) -> None:
+        self._numbers = numbers
+        self._at = at
+        self._titles = titles
+        self._lock = threading.Lock()
+
+    def add(self, title: str, counts: Sequence[int]) -> None:
+        """Add to the numbers of a calling AE title, in the order of PEER_NUMBERS."""
+        at = self._at_of(title)
+        with self._lock:
+            for index, count in enumerate(counts):
+                self._numbers[at + index] += count
+
+    def of(self, title: str) -> tuple[int, ...]:
+        """Give the numbers of a calling AE title."""
+        at = self._at_of(title)
+        return tuple(self._numbers[at : at + _PEER_NUMBERS])
+
+    def _at_of(self, title: str) -> int:
+        return self._at + self._titles.get(title, self._titles[OTHERS]) * _PEER_NUMBERS
 
 
 class HeldByAll:

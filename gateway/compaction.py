@@ -3,8 +3,7 @@
 What is wanted: a data set that a row of the tables refers to where it lies. It is copied into the object store under
 its digest, where every reader looks next, and then the segment's file is renamed; its writer writes over it. Of a
 duplicate the first copy is wanted; when that can no longer be read, the duplicate repairs it. Only segments that the
-grouping owner has read to their end are looked at, never the newest of a log, each once in the life of a process: what
-is wanted of one becomes less only by retention, which says so.
+grouping owner has read to their end are looked at, never the newest of a log, each once in the life of a process.
 """
 
 from __future__ import annotations
@@ -59,10 +58,6 @@ class Compactor:
         self._reader = reader
         self._seen: set[tuple[str, int]] = set()
         self.freed = 0
-
-    def look_again(self) -> None:
-        """Something was removed from the tables: what is wanted of each segment may have become less."""
-        self._seen.clear()
 
     def step(self) -> bool:
         """Look at the next segment that was not looked at; tell whether there was one. Raises StoreUnavailableError."""

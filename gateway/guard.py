@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.access import TOO_MANY, UNRESOLVED, Admission, Rejection
+from gateway.association_log import REJECTED
 from gateway.board import MALFORMED
 from gateway.handover import MOST_SAID_BYTES, Handover, Told
 from gateway.wire import pdu
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from clarion.config import ScpConfig
     from gateway.admitting import Admitting
+    from gateway.association_log import AssociationLog
     from gateway.board import Board
 
 log = structlog.get_logger()
@@ -78,8 +80,10 @@ class Guard:
         admitting: Admitting,
         board: Board,
         stall_s: float,
+        written: AssociationLog,
         secure: socket.socket | None = None,
     ) -> None:
+        self._written = written
         self._secure = secure
         self._listeners = [one for one in (listener, secure) if one is not None]
         self._channels = channels
@@ -334,12 +338,14 @@ class Guard:
     def _reject(self, one: _Pending, request: pdu.Request, rejection: Rejection) -> None:
         who = {"calling_ae": request.calling, "called_ae": request.called, "address": one.address}
         log.warning("association.rejected", check=rejection.check, **who)
+        self._written.write(REJECTED, check=rejection.check, tls=False, **who)
         said = f"{rejection.check}: {request.calling} at {one.address} to {request.called}"
         answer = pdu.reject(rejection.result, rejection.source, rejection.reason)
         self._answer(one, answer, rejection.check, said)
 
     def _refuse(self, one: _Pending, answer: bytes, check: str, reason: str) -> None:
         log.warning("connection.refused", reason=reason, address=one.address)
+        self._written.write(REJECTED, check=check, tls=one.secure, reason=reason, address=one.address)
         self._answer(one, answer, check, f"{reason}: {one.address}")
 
     def _answer(self, one: _Pending, answer: bytes, check: str, said: str) -> None:

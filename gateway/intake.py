@@ -215,16 +215,17 @@ class Reception:
         self._intake.space.spend(len(piece))
         if file.size - self._looked > _LOOK_FOR_ROOM_BYTES:
             self._looked = file.size
-            if not self._intake.space.available():
+            if not self._intake.space.wait_for(0):
                 self._refuse("disk space low")
 
     def _finish(self) -> Answer:
+        size = len(self._collected)
         if self._file is None:
-            with self._intake.space.holding(len(self._collected)) as room:
-                if room:
+            with self._intake.space.holding(size) as room:
+                if room or self._intake.space.wait_for(0):
                     with self._collected as data:
                         return self._judge(scan(data, self._arrival.transfer_syntax_uid))
-        elif self._intake.space.available():
+        elif self._intake.space.wait_for(0):
             with self._file.view() as view:
                 seen = scan(view, self._arrival.transfer_syntax_uid)
             return self._judge(seen)

@@ -95,11 +95,19 @@ class _Child:
 
 
 class Receiver:
-    """The guard and the workers of one port. Its methods are for the thread that made it."""
+    """The guard and the workers of one port. Its methods are for the thread that made it.
+
+    `lost` is told when a worker has ended that had associations: which one, and how many.
+    """
 
     def __init__(
-        self, board: Board, make_guard: Callable[[], Runnable], make_worker: Callable[[int], Runnable]
+        self,
+        board: Board,
+        make_guard: Callable[[], Runnable],
+        make_worker: Callable[[int], Runnable],
+        lost: Callable[[int, int], None] = lambda _worker, _count: None,
     ) -> None:
+        self._lost = lost
         _raise_file_limit()
         self.board = board
         self._children = [_Child("guard", make_guard)]
@@ -122,6 +130,7 @@ class Receiver:
                 child.pause_s = pause_after(child.pause_s, now - child.started, _FIRST_PAUSE_S)
                 child.restart_at = now + child.pause_s
                 if child.worker is not None:
+                    self._lost(child.worker, self.board.slot(child.worker).open)
                     self.board.slot(child.worker).lose()
             if not child.pid and now >= child.restart_at:
                 self._fork(child)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.access import Rejection
-from gateway.association import LINGER_S
+from gateway.association import LINGER_S, Shared
+from gateway.association_log import REJECTED
 from gateway.board import MALFORMED
 from gateway.wire import pdu, secure
 from gateway.wire.pdu import PduError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from gateway.access import Admission
     from gateway.admitting import Admitting
     from gateway.association import Association
-    from gateway.board import Slot
     from gateway.handover import Handover
     from gateway.wire.secure import Renewed
 
@@ -44,7 +44,7 @@ class Secured:
         *,
         tls: Renewed,
         admitting: Admitting,
-        slot: Slot,
+        shared: Shared,
         begin: Callable[[socket.socket, pdu.Request, Admission], Association],
         rejected: Callable[[str, str], None],
     ) -> None:
@@ -52,7 +52,8 @@ class Secured:
         self._handover = handover
         self._tls = tls
         self._admitting = admitting
-        self._slot = slot
+        self._slot = shared.slot
+        self._written = shared.written
         self._begin = begin
         self._rejected = rejected
         self._association: Association | None = None
@@ -130,11 +131,13 @@ class Secured:
         address = self._handover.address
         who = {"calling_ae": request.calling, "called_ae": request.called, "address": address}
         log.warning("association.rejected", check=rejection.check, **who)
+        self._written.write(REJECTED, check=rejection.check, tls=True, **who)
         self._rejected(rejection.check, f"{rejection.check}: {request.calling} at {address} to {request.called}")
         self._say(pdu.reject(rejection.result, rejection.source, rejection.reason))
 
     def _refuse(self, reason: str) -> None:
         log.warning("connection.refused", reason=reason, address=self._handover.address)
+        self._written.write(REJECTED, check=MALFORMED, tls=True, reason=reason, address=self._handover.address)
         self._rejected(MALFORMED, f"{reason}: {self._handover.address}")
 
     def _say(self, data: bytes) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Within it a disk takes less than any reserve that protects anything.
 _MEASURED_FOR_S = 0.05
+_LOOK_S = 0.1
+PATIENCE_S = 10.0
+"""For so long after the disk ran short senders are kept waiting; then they are refused until there is room."""
 
 
 class Held(Protocol):
@@ -60,6 +63,9 @@ class Space:
         self._lock = threading.Lock()
         self._held = held or HeldHere()
         self._spare, self._measured = 0.0, -1.0
+        self._short_since = 0.0
+        self._timer = threading.Event()
+        self.patience_s = PATIENCE_S
 
     def available(self, wanted: int = 0) -> bool:
         """Tell whether `wanted` more bytes leave the reserve untouched. The disk is asked twenty times a second."""
@@ -69,6 +75,24 @@ class Space:
             reserve = max(total * (1 - self._config.watermark_percent / 100), self._config.reserve_gb * 1e9)
             self._spare, self._measured = free - reserve, now
         return self._spare - self._held.total() > wanted
+
+    def wait_for(self, wanted: int) -> bool:
+        """Wait for room as long as a sender may be kept waiting: a few seconds from when it ran short.
+
+        Tell whether there is room. A thread that waits reads nothing, so its sender is slowed first, then told.
+        """
+        while not self.available(wanted):
+            now = time.monotonic()
+            with self._lock:
+                self._short_since = self._short_since or now
+                patience = self._short_since + self.patience_s - now
+            if patience <= 0:
+                return False
+            self._timer.wait(min(_LOOK_S, patience))
+        if self._short_since:
+            with self._lock:
+                self._short_since = 0.0
+        return True
 
     @contextmanager
     def holding(self, size: int) -> Iterator[bool]:

@@ -68,7 +68,8 @@ class Upload:
         self._intake = intake
         self._max_bytes = max_bytes
         self._body = Multipart(boundary, self)
-        self._results: list[Result] = []
+        self.results: list[Result] = []
+        self.size = 0
         self._head = bytearray()
         self._reception: Reception | None = None
         self._arrival: Arrival | None = None
@@ -77,13 +78,14 @@ class Upload:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the body."""
+        self.size += len(data)
         self._body.feed(data)
 
     def finish(self) -> list[Result]:
         """The body has ended: give what became of its parts, in order."""
         self._body.close()
         self._ended("released")
-        return self._results
+        return self.results
 
     def abandon(self, reason: str) -> None:
         """The request will not be completed; the client is told of nothing, and what is durable stays so."""
@@ -94,7 +96,7 @@ class Upload:
 
     def _ended(self, reason: str) -> None:
         studies: dict[str, tuple[int, int]] = {}
-        for one in self._results:
+        for one in self.results:
             stored, refused = studies.get(one.answer.study_uid, (0, 0))
             studies[one.answer.study_uid] = (stored + one.stored, refused + (not one.stored))
         with effect("scp.associationended"):
@@ -110,7 +112,7 @@ class Upload:
 
     def begin_part(self, headers: Mapping[str, str]) -> None:
         """A part begins."""
-        if len(self._results) >= MOST_INSTANCES:
+        if len(self.results) >= MOST_INSTANCES:
             raise MultipartError(f"more than {MOST_INSTANCES} instances in one request")
         self._head.clear()
         self._arrival = self._refused = None
@@ -136,7 +138,7 @@ class Upload:
         if self._reception is not None:
             answer = self._reception.finish()
             self._reception = None
-        self._results.append(
+        self.results.append(
             Result(
                 sop_class_uid=self._arrival.sop_class_uid if self._arrival is not None else "",
                 sop_instance_uid=self._arrival.sop_instance_uid if self._arrival is not None else "",

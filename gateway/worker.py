@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from gateway.association import Association
+from gateway.association import Association, Shared
 from gateway.handover import MOST_BYTES, Handover, Told
 from gateway.secured import Secured
 from gateway.wire import pdu
@@ -18,13 +18,9 @@ from gateway.wire.pdu import PduError
 from gateway.wire.sockets import readable
 
 if TYPE_CHECKING:
-    from clarion.config import ScpConfig
     from gateway.access import Admission
     from gateway.admitting import Admitting
-    from gateway.board import Slot
-    from gateway.intake import Intake
     from gateway.wire.secure import Renewed
-    from gateway.wire.stream import Deadlines
 
 log = structlog.get_logger()
 
@@ -50,24 +46,19 @@ class Worker:
     def __init__(
         self,
         channel: socket.socket,
+        shared: Shared,
         *,
-        config: ScpConfig,
-        intake: Intake,
-        slot: Slot,
-        deadlines: Deadlines,
         drain_s: float,
         admitting: Admitting,
         tls: Renewed | None = None,
     ) -> None:
+        self._shared = shared
         self._drain_s = drain_s
         self._admitting = admitting
         self._tls = tls
         self._channel = channel
         self._channel.setblocking(False)  # noqa: FBT003  as the standard library has it
-        self._config = config
-        self._intake = intake
-        self._slot = slot
-        self._deadlines = deadlines
+        self._slot = shared.slot
         self._open: dict[_Serving, threading.Thread] = {}
         self._stopping = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopped = False
@@ -145,7 +136,7 @@ class Worker:
             handover,
             tls=self._tls,
             admitting=self._admitting,
-            slot=self._slot,
+            shared=self._shared,
             begin=begin,
             rejected=lambda check, said: self._tell(Told(number=handover.number, check=check, said=said)),
         )
@@ -158,10 +149,7 @@ class Worker:
             request,
             admission,
             address,
-            config=self._config,
-            intake=self._intake,
-            deadlines=self._deadlines,
-            slot=self._slot,
+            self._shared,
         )
 
     def _serve(self, serving: _Serving, number: int) -> None:

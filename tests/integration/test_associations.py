@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 from pynetdicom import AE
 from pynetdicom.association import Association
 from structlog.testing import capture_logs
+from support.processes import clarion
 from support.scp import CT, EXPLICIT, Serving, serving
 from support.world import make_series, pause, uid_of
 
 from clarion.dicom import split_part10
+from gateway.association_log import AssociationLog
+from gateway.association_log import read as read_log
 
 VERIFICATION = "1.2.840.10008.1.1"
 MEASURED_ANEW_S = 0.1
@@ -80,7 +84,11 @@ def test_disk_short_is_transient_and_recovers_by_itself(instance: tuple[bytes, s
         assert store(at, instance) == 0x0000
 
 
-def test_disk_that_fills_during_an_association_is_a700(instance: tuple[bytes, str], tmp_path: Path) -> None:
+def test_disk_that_fills_during_an_association_is_a700(
+    instance: tuple[bytes, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the patience is over, and then at once: the second is not kept waiting as well."""
+    monkeypatch.setattr("gateway.space.PATIENCE_S", 0.5)
     free = [10**9]
     intake = {"watermark_percent": 100, "reserve_gb": 0.001}
     with (
@@ -90,11 +98,23 @@ def test_disk_that_fills_during_an_association_is_a700(instance: tuple[bytes, st
     ):
         free[0] = 10**6
         pause(MEASURED_ANEW_S)
-        assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0xA700
+        for _ in range(2):
+            assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0xA700
         free[0] = 10**9
         pause(MEASURED_ANEW_S)
         assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0x0000
-    assert [one["reason"] for one in logs if one["event"] == "instance.refused"] == ["disk space low"]
+    assert [one["reason"] for one in logs if one["event"] == "instance.refused"] == ["disk space low"] * 2
+
+
+def test_a_sender_is_slowed_before_it_is_refused(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    """Room that comes back within the patience costs nobody anything. Bites: refuse at once, and this is 0xA700."""
+    free = [10**9]
+    intake = {"watermark_percent": 100, "reserve_gb": 0.001}
+    with serving(tmp_path, measure=lambda _: (free[0], 10**12), intake=intake) as at, at.requestor() as scu:
+        free[0] = 10**6
+        pause(MEASURED_ANEW_S)
+        threading.Timer(0.5, lambda: free.__setitem__(0, 10**9)).start()
+        assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0x0000
 
 
 class associate_closing:  # noqa: N801  reads as the context manager it is
@@ -202,3 +222,66 @@ def test_an_unforeseen_error_while_checking_lets_nobody_in(tmp_path: Path, monke
         monkeypatch.setattr(at.guard._admitting._access, "check", lambda *_: 1 / 0)
         assert rejected(associate(at)) == (2, 3, 1)
         assert at.board.refusals == {"internal-error": 1}
+
+
+def test_the_association_log_has_every_end_and_every_refusal_with_its_reason(
+    instance: tuple[bytes, str], tmp_path: Path
+) -> None:
+    """Bites: leave the guard's refusals out, and nobody finds out why a device cannot send."""
+    with serving(tmp_path) as at:
+        with at.requestor() as scu:
+            assert scu.store(instance[0], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0x0000
+            assert scu.store(instance[0][:-10], sop_class=CT, sop_instance=instance[1], syntax=EXPLICIT) == 0xC000
+        rejected(associate(at, calling="STRANGER"))
+        until_journalled(at, "ended")
+        until_logged(tmp_path, 2)
+        assert at.board.peers == {
+            "A": {"associations": 1, "stored": 1, "refused": 1, "bytes": 2 * len(instance[0]) - 10}
+        }  # fmt: skip
+    lines = {one["kind"]: one for one in read_log(tmp_path, lambda _: True, 10)}
+    ended, refused = lines["ended"], lines["rejected"]
+    assert (ended["calling_ae"], ended["called_ae"], ended["address"], ended["tls"]) == ("A", "B", "127.0.0.1", False)
+    assert (ended["stored"], ended["refused"], ended["reason"]) == (1, {"0xC000": 1}, "released")
+    assert (refused["check"], refused["calling_ae"]) == ("calling-ae", "STRANGER")
+
+
+def until_logged(data: Path, count: int) -> None:
+    for _ in range(500):
+        if len(read_log(data, lambda _: True, 10)) >= count:
+            return
+        pause(0.01)
+    raise AssertionError(read_log(data, lambda _: True, 10))
+
+
+def test_the_association_log_as_a_person_asks_for_it(instance: tuple[bytes, str], tmp_path: Path) -> None:
+    config = tmp_path / "clarion.yaml"
+    config.write_text("data: .\n")
+    with serving(tmp_path) as at:
+        store(at, instance)
+        rejected(associate(at, calling="STRANGER"))
+        until_logged(tmp_path, 2)
+    shown = clarion("association", "list", "-c", config)
+    assert shown.returncode == 0
+    assert "STRANGER" in shown.stdout
+    assert "rejected: calling-ae" in shown.stdout
+    assert "1 stored, 0.0 MB in" in shown.stdout
+    only = json.loads(clarion("association", "list", "-c", config, "--rejected", "--json").stdout)
+    assert [one["check"] for one in only] == ["calling-ae"]
+    by_title = json.loads(clarion("association", "list", "-c", config, "--calling", "A", "--json").stdout)
+    assert [one["stored"] for one in by_title] == [1]
+    assert "no association" in clarion("association", "list", "-c", config, "--calling", "NOBODY").stderr
+
+
+def test_the_association_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "associations"
+    folder.mkdir()
+    for day in range(1, 29):
+        for month in (8, 9):
+            (folder / f"2026-{month:02d}-{day:02d}.jsonl").write_text("{}\n")
+    monkeypatch.setattr("gateway.association_log._MOST_BYTES_A_DAY", 300)
+    written = AssociationLog(tmp_path)
+    for number in range(20):
+        written.write("rejected", check="x", address="1" * 500, number=number)
+    files = sorted(folder.iterdir())
+    assert len(files) == 31
+    assert files[-1].stat().st_size < 900

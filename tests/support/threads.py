@@ -13,7 +13,11 @@ class ReceiverThreads:
     """Runs what `Receiver` runs, without processes."""
 
     def __init__(
-        self, board: Board, make_guard: Callable[[], Runnable], make_worker: Callable[[int], Runnable]
+        self,
+        board: Board,
+        make_guard: Callable[[], Runnable],
+        make_worker: Callable[[int], Runnable],
+        *_: object,
     ) -> None:
         self.board = board
         self.guard = make_guard()
