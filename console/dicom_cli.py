@@ -42,7 +42,7 @@ def echo(
         begun = time.monotonic()
         destination = _peer_of(peer, _tls(tls, tls_ca, tls_cert))
         with Requestor(
-            destination, own_ae=_title(calling, "--calling"), timeouts=Timeouts(connect_s=10, dimse_s=10)
+            destination, own_ae=ae_title(calling, "--calling"), timeouts=Timeouts(connect_s=10, dimse_s=10)
         ) as requestor:
             status = requestor.echo()
         seconds = round(time.monotonic() - begun, 4)
@@ -76,7 +76,7 @@ def send(
         from console.sending import Sent, send_folder  # noqa: PLC0415  as above
 
         destination, sent = _peer_of(peer, _tls(tls, tls_ca, tls_cert)), Sent()
-        with _open_ledger(ledger) as file, Progress(
+        with open_ledger(ledger) as file, Progress(
             console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
         ) as bar:  # fmt: skip
             task = bar.add_task("sending", total=None)
@@ -90,7 +90,7 @@ def send(
                 send_folder(
                     folder,
                     destination,
-                    own_ae=_title(calling, "--calling"),
+                    own_ae=ae_title(calling, "--calling"),
                     progress=lambda done, all_: bar.update(task, completed=done, total=all_),
                     acknowledged=note,
                     sent=sent,
@@ -102,7 +102,7 @@ def send(
     run(body)
 
 
-def _open_ledger(path: Path | None) -> AbstractContextManager[TextIO | None]:
+def open_ledger(path: Path | None) -> AbstractContextManager[TextIO | None]:
     """Open the ledger before anything is sent. Raises ConfigError."""
     from contextlib import nullcontext  # noqa: PLC0415  quick --help
 
@@ -129,10 +129,10 @@ def _show(sent: Sent, *, as_json: bool) -> None:
         typer.echo(f"  skipped {name}: not a DICOM file that can be sent")
 
 
-def _title(text: str, where: str) -> str:
+def ae_title(text: str, where: str) -> str:
     """Check an AE title. Raises ConfigError."""
-    from clarion.errors import ConfigError  # noqa: PLC0415  as above
-    from clarion.fields import check_ae_title  # noqa: PLC0415  quick --help
+    from clarion.errors import ConfigError  # noqa: PLC0415  quick --help
+    from clarion.fields import check_ae_title  # noqa: PLC0415  as above
 
     try:
         return check_ae_title(text)
@@ -158,5 +158,5 @@ def _peer_of(text: str, tls: TlsFiles | None = None) -> Destination:
     host, _, port = place.rpartition(":")
     if not at or not host or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004  ports
         raise ConfigError([f"{text!r} is no peer; write AE@HOST:PORT, for instance CHEST@127.0.0.1:11112"])
-    title = _title(title, "the peer")
+    title = ae_title(title, "the peer")
     return Destination(name=title, ae_title=title, host=host.strip("[]"), port=int(port), tls=tls)

@@ -14,6 +14,7 @@ from console.delivery_cli import delivery_cli
 from console.dicom_cli import echo, send
 from console.events_cli import events_cli
 from console.letters_cli import letters_cli
+from console.load_cli import load_cli
 from console.replay_cli import replay_cli
 from console.topics_cli import topics_cli
 
@@ -31,6 +32,7 @@ cli.add_typer(study_cli, name="study")
 cli.add_typer(letters_cli, name="deadletters")
 cli.add_typer(association_cli, name="association")
 cli.add_typer(delivery_cli, name="delivery")
+cli.add_typer(load_cli, name="load")
 cli.add_typer(topics_cli, name="topics")
 cli.add_typer(events_cli, name="events")
 cli.add_typer(replay_cli, name="replay")

@@ -40,7 +40,9 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class File:
+    """A file that can be sent."""
+
     path: Path
     sop_class: str
     sop_instance: str
@@ -78,7 +80,7 @@ def send_folder(
     return sent
 
 
-def look_through(folder: Path) -> tuple[list[_File], Sent]:
+def look_through(folder: Path) -> tuple[list[File], Sent]:
     """Find what can be sent below a folder, or the one file; name what cannot.
 
     Raises UnreadableSeriesError when nothing can.
@@ -91,7 +93,7 @@ def look_through(folder: Path) -> tuple[list[_File], Sent]:
     return files, sent
 
 
-def _look(path: Path, sent: Sent) -> _File | None:
+def _look(path: Path, sent: Sent) -> File | None:
     try:
         data, syntax = split_part10(path.read_bytes())
     except InvalidInstanceError:
@@ -102,4 +104,4 @@ def _look(path: Path, sent: Sent) -> _File | None:
         sent.skipped.append(path.name)
         return None
     sent.studies.add(header.study_uid)
-    return _File(path, header.sop_class_uid, header.sop_instance_uid, syntax)
+    return File(path, header.sop_class_uid, header.sop_instance_uid, syntax)

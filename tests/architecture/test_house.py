@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # The options of a command are given by name, each with a default of its own.
-MANY_OPTIONS = {"console/replay_cli.py replay_plan"}
+MANY_OPTIONS = {"console/replay_cli.py replay_plan", "console/load_cli.py load_studies"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 500, 60, 8, 4
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "types", "manager", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
