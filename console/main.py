@@ -16,6 +16,7 @@ from console.events_cli import events_cli
 from console.letters_cli import letters_cli
 from console.load_cli import load_cli
 from console.replay_cli import replay_cli
+from console.store_cli import store_cli
 from console.topics_cli import topics_cli
 
 cli = typer.Typer(
@@ -33,6 +34,7 @@ cli.add_typer(letters_cli, name="deadletters")
 cli.add_typer(association_cli, name="association")
 cli.add_typer(delivery_cli, name="delivery")
 cli.add_typer(load_cli, name="load")
+cli.add_typer(store_cli, name="store")
 cli.add_typer(topics_cli, name="topics")
 cli.add_typer(events_cli, name="events")
 cli.add_typer(replay_cli, name="replay")

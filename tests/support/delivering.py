@@ -29,6 +29,7 @@ from clarion.adapters.outbox import events_table
 from clarion.config import GatewayConfig
 from clarion.events import DeliveryRequested, JobSuperseded
 from clarion.model import JobId, ObjectRef, ResultInstance, ResultSet, SeriesUid, SopInstanceUid, StudyUid
+from clarion.ports import ObjectStore
 from clarion.testing.suites import MOMENT
 from gateway import tables
 from gateway.answers import CommitmentAnswers
@@ -63,10 +64,10 @@ class Rig:
 
     def __init__(
         self, root: Path, port: int, *, destination: dict[str, Any] | list[dict[str, Any]] | None = None,
-        scu: dict[str, Any] | None = None, **delivery: float,
+        scu: dict[str, Any] | None = None, store: ObjectStore | None = None, **delivery: float,
     ) -> None:  # fmt: skip
         self.clock = ManualClock(MOMENT)
-        self.store = MemoryStore()
+        self.store: ObjectStore = store or MemoryStore()
         self.database = Database(url_in(root))
         self.database.create(tables.SCHEMA)
         bus = EmbeddedBus(self.database, self.clock)
@@ -160,6 +161,7 @@ class Peer:
     port: int
     stored: dict[str, int]
     associations: list[int] = field(default_factory=lambda: [0, 0, 0])
+    on_association: Callable[[Any], object] = lambda _: None
 
 
 @contextmanager
@@ -169,6 +171,7 @@ def peer(
     *,
     syntaxes: tuple[str, ...] = (EXPLICIT,),
     most: int = 10,
+    port: int | None = None,
 ) -> Iterator[Peer]:
     """A PACS without storage commitment: `store` gives the status of the n-th arrival, `find` 0xFF00 or an error."""
     stored: dict[str, int] = {}
@@ -188,9 +191,10 @@ def peer(
             answer.SOPInstanceUID = uid
             yield 0xFF00, answer
 
-    seen = Peer(free_port(), stored)
+    seen = Peer(port or free_port(), stored)
 
-    def on_accepted(_: evt.Event) -> None:
+    def on_accepted(event: evt.Event) -> None:
+        seen.on_association(event.assoc)
         seen.associations[0] += 1
         seen.associations[2] += 1
         seen.associations[1] = max(seen.associations[1], seen.associations[2])

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import Self
 
+from gateway.wire import pdu
+
 
 class Tap:
     """Forwards to a port on loopback; use it in a `with` block."""
@@ -17,7 +19,8 @@ class Tap:
         self._delay_s = delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        self._seen = {True: bytearray(), False: bytearray()}
+        # Of each connection: what the client said, and what it heard.
+        self._seen: list[tuple[bytearray, bytearray]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -28,11 +31,15 @@ class Tap:
 
     def seen(self) -> bytes:
         """All bytes that passed, those of the clients first."""
-        return bytes(self._seen[True] + self._seen[False])
+        return b"".join(bytes(said + heard) for said, heard in self._seen)
 
     def said(self) -> bytes:
-        """What the clients said."""
-        return bytes(self._seen[True])
+        """What the clients said, one connection after another."""
+        return b"".join(bytes(said) for said, _ in self._seen)
+
+    def data_sets(self) -> list[bytes]:
+        """What the clients sent as data sets, put together from the PDUs they sent (PS3.8 9.3.5)."""
+        return [one for said, _ in self._seen for one in _data_sets(bytes(said))]
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -40,8 +47,8 @@ class Tap:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                 server.settimeout(None)
-                for one, other in ((client, server), (server, client)):
-                    seen = self._seen[one is client]
+                self._seen.append((bytearray(), bytearray()))
+                for (one, other), seen in zip(((client, server), (server, client)), self._seen[-1], strict=True):
                     threading.Thread(target=self._forward, args=(one, other, seen), daemon=True).start()
 
     def _forward(self, source: socket.socket, sink: socket.socket, seen: bytearray) -> None:
@@ -55,3 +62,20 @@ class Tap:
         for one in (source, sink):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def _data_sets(said: bytes) -> list[bytes]:
+    found, part, at = [], b"", 0
+    while at + pdu.HEADER.size <= len(said):
+        kind, length = pdu.HEADER.unpack_from(said, at)
+        body, at = said[at + pdu.HEADER.size : at + pdu.HEADER.size + length], at + pdu.HEADER.size + length
+        place = 0
+        while kind == pdu.P_DATA and place < len(body):
+            size, _, control = pdu.PDV.unpack_from(body, place)
+            if not control & pdu.COMMAND:
+                part += body[place + pdu.PDV.size : place + 4 + size]
+                if control & pdu.LAST:
+                    found.append(part)
+                    part = b""
+            place += 4 + size
+    return found

@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
 # Install the servers that the tests talk to, from the system's packages, where root may. Otherwise name them.
 set -euo pipefail
-declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/share/orthanc/plugins/libOrthancDicomWeb.so]=orthanc-dicomweb [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace [/usr/bin/java]=default-jre-headless [/usr/bin/mvn]=maven)
+# dicom-rs, an implementation of the upper layer that is not DCMTK's: built once, where there is a Rust tool chain.
+rs=0.10.0 cache="${XDG_CACHE_HOME:-$HOME/.cache}/clarion"
+if command -v cargo >/dev/null && [ ! -x "$cache/dicom-storescu-$rs/bin/dicom-storescu" ]; then
+  echo "servers: building dicom-storescu $rs (about two minutes, once)"
+  build="$(mktemp -d)"
+  CARGO_TARGET_DIR="$build" cargo install --quiet --locked --root "$cache/dicom-storescu-$rs" "dicom-storescu@$rs" ||
+    echo "servers: dicom-storescu could not be built"
+  rm -rf "$build"
+fi
+declare -A wanted=([/usr/bin/storescu]=dcmtk [/usr/sbin/Orthanc]=orthanc [/usr/share/orthanc/plugins/libOrthancDicomWeb.so]=orthanc-dicomweb [/usr/bin/chromium]=chromium [/usr/bin/strace]=strace [/usr/bin/java]=default-jre-headless [/usr/bin/mvn]=maven [/usr/sbin/ip]=iproute2)
 missing=()
 compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null || missing+=(postgresql)
 for program in "${!wanted[@]}"; do [ -e "$program" ] || missing+=("${wanted[$program]}"); done

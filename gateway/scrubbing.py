@@ -1,0 +1,121 @@
+"""Reads every object that the tables refer to, and finds those that are gone or have changed (bit rot, F07).
+
+Nothing damaged is ever handed out: a reader compares each object with its digest. This finds it before somebody needs
+it. A data set that came twice can be repaired: the other copy may still lie in the journal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from clarion.adapters.objects import segment_path
+from clarion.digests import agrees
+from clarion.errors import MissingObjectError
+from clarion.model import ObjectRef
+from gateway import journal, tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from clarion.adapters.database import Database
+    from clarion.ports import ObjectStore
+
+_ROWS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Referred:
+    """An object and what it is: an instance, a data set in quarantine, a manifest, a result."""
+
+    what: str
+    name: str
+    study_uid: str
+    ref: ObjectRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged:
+    """One that cannot be read as it was, and why; `repaired` if another copy was found."""
+
+    object: Referred
+    reason: str
+    repaired: bool = False
+
+
+def referred(database: Database) -> Iterator[Referred]:
+    """Give every object that the gateway's tables refer to."""
+    instances, quarantine, revisions = tables.instances.c, tables.quarantine.c, tables.revisions.c
+    results = tables.delivery_instances.c
+    no_study = sa.literal("").label("study_uid")
+    sources: tuple[tuple[str, sa.Select[Any]], ...] = (
+        ("instance", sa.select(instances.sop_instance_uid, instances.study_uid, instances.object)),
+        (
+            "quarantined",
+            sa.select(quarantine.sop_instance_uid, quarantine.study_uid, quarantine.object).where(
+                quarantine.object.is_not(sa.null())
+            ),
+        ),
+        ("manifest", sa.select(revisions.group_id, no_study, revisions.manifest)),
+        ("result", sa.select(results.sop_instance_uid, no_study, results.described)),
+    )
+    for what, query in sources:
+        with database.reading() as connection:
+            for name, study_uid, described in connection.execution_options(yield_per=_ROWS).execute(query):
+                found = described.get("object", described) if what == "result" else described
+                if found:
+                    yield Referred(what=what, name=name, study_uid=study_uid, ref=ObjectRef(**found))
+
+
+def count_referred(database: Database) -> int:
+    """Count them, about."""
+    counted = 0
+    with database.reading() as connection:
+        for table in (tables.instances, tables.quarantine, tables.revisions, tables.delivery_instances):
+            counted += connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
+    return counted
+
+
+def scrub(
+    objects: Iterable[Referred], store: ObjectStore, progress: Callable[[], None] = lambda: None
+) -> list[Damaged]:
+    """Read objects and give those that are damaged. Raises StoreUnavailableError when the disk cannot be read."""
+    found = []
+    for one in objects:
+        try:
+            store.read(one.ref)
+        except MissingObjectError as error:
+            found.append(Damaged(object=one, reason=str(error)))
+        progress()
+    return found
+
+
+def repair(damaged: list[Damaged], folder: Path, store: ObjectStore) -> list[Damaged]:
+    """Look for whole copies in the journal and put them where readers look next."""
+    wanted = {one.object.ref.digest for one in damaged}
+    repaired: set[str] = set()
+    for name in journal.logs(folder):
+        for number in journal.segments(folder / name):
+            repaired |= _repair_from(folder / name, number, wanted - repaired, store)
+    return [
+        Damaged(object=one.object, reason=one.reason, repaired=one.object.ref.digest in repaired) for one in damaged
+    ]
+
+
+def _repair_from(folder: Path, number: int, wanted: set[str], store: ObjectStore) -> set[str]:
+    found: set[str] = set()
+    if not wanted:
+        return found
+    size = segment_path(folder, number).stat().st_size
+    with journal.SegmentFile(folder, number) as file:
+        for entry in file.whole(0, size):
+            digest = entry.fields["object"]["digest"] if entry.head else ""
+            if digest in wanted - found:
+                data = file.data(entry)
+                if agrees(data, digest):
+                    store.put(data)
+                    found.add(digest)
+    return found
