@@ -6,14 +6,26 @@ from __future__ import annotations
 import random
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from support.data import real
-from support.raw import CONTEXTS, data_set, store_request
+from support.raw import CONTEXTS, CT, EXPLICIT, data_set, store_request
 
-from clarion.dicom import read_attributes, read_head, read_header, split_part10
+from clarion.adapters.clock import SystemClock
+from clarion.adapters.objects import FileStore
+from clarion.config import IntakeConfig
+from clarion.dicom import part10, read_attributes, read_head, read_header, split_part10
 from clarion.errors import InvalidInstanceError
+from clarion.model import ObjectRef
 from clarion.scanning import scan
+from gateway.intake import Intake
+from gateway.journal import START
+from gateway.journal import read as read_journal
+from gateway.journal_writer import JournalWriter
+from gateway.multipart import MultipartError
+from gateway.space import Space
+from gateway.uploads import Sender, Upload
 from gateway.wire import commands, pdu
 from gateway.wire.pdu import PduError
 
@@ -95,3 +107,41 @@ def test_bent_pdus_and_commands_are_refused_by_name() -> None:
                 parse(bend(data, rng))  # type: ignore[operator]  # three functions of bytes
                 understood += 1
     assert understood > 1000
+
+
+def test_bent_uploads_are_answered_and_nothing_that_is_cut_passes(tmp_path: Path) -> None:
+    """Whole STOW-RS bodies, cut anywhere between feeds: every part has a result, or the body is refused as a whole."""
+    rng = random.Random(33)
+    journal = JournalWriter(tmp_path / "journal" / "stow", SystemClock())
+    store = FileStore(tmp_path / "objects")
+    space = Space(tmp_path, IntakeConfig(watermark_percent=100, reserve_gb=0))
+    intake = Intake(store=store, journal=journal, space=space, ignored_classes={})
+    parts = [
+        part10(data_set(f"1.2.{number}", 200), sop_class_uid=CT, sop_instance_uid=f"1.2.{number}",
+               transfer_syntax_uid=EXPLICIT)
+        for number in range(3)
+    ]  # fmt: skip
+    body = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % one for one in parts) + b"--b--\r\n"
+    ended = refused = stored = 0
+    for _ in range(INPUTS // 50):
+        bent = bend(body, rng)
+        upload = Upload("b", Sender(calling_ae="A", called_ae="B"), intake, max_bytes=2000)
+        try:
+            while bent:
+                count = rng.randint(1, 2000)
+                upload.feed(bent[:count])
+                bent = bent[count:]
+            results = upload.finish()
+            ended += 1
+            stored += sum(one.stored for one in results)
+        except MultipartError:
+            upload.abandon("cut")
+            refused += 1
+    assert ended > 100
+    assert refused > 100
+    assert stored > 100
+    kept = [one for one in read_journal(tmp_path / "journal" / "stow", START, 10**6) if one.kind == "stored"]
+    assert len(kept) >= stored
+    for one in kept:
+        data = store.read(ObjectRef(**one.fields["object"]))
+        assert read_header(data, EXPLICIT).fault is None

@@ -1,8 +1,9 @@
-"""F02: `kill -9` of every process of a running Clarion while DCMTK sends; then the same judgement as F01."""
+"""F02: `kill -9` of every process of a running Clarion while DCMTK, pynetdicom and STOW-RS send; judged as F01."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -10,31 +11,38 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
+import httpx
 import pytest
 import sqlalchemy as sa
+from pynetdicom import AE
 from support.dcmtk import storescu
 from support.processes import start_pacs
 from support.world import free_port, judge, make_series, pause, uid_of, write_config
 
 from clarion.adapters.database import Database
+from clarion.dicom import split_part10
+from clarion.digests import digest_of
 from clarion.service import read_heartbeats
 from clarion.testing.phantom import PhantomSpec
 from console.checks import check_config
 from gateway import tables
 from streams.queries import read_story, state_of
 
-KILLS = 30
+KILLS = 32
 STUDIES = 6
+TOKEN = "a-token-for-the-kill-test"
 SLICES = 10
 PACE_S = 1.5
 DEADLINE_S = 280.0
 
 
 def test_kill_every_process_while_sending(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """F02. Stages, operators and twice the supervisor itself are killed while DCMTK sends and jobs run.
+    """F02. Stages, operators and twice the supervisor itself are killed while three kinds of client send and jobs run.
 
     Bites: answer before the journal append and instances are lost. (A kill keeps the page cache: drop a sync and
     nothing changes here; that is what `test_sync.py` is for.)
@@ -42,9 +50,12 @@ def test_kill_every_process_while_sending(tmp_path: Path, request: pytest.Fixtur
     scp, pacs_port = free_port(), free_port()
     pacs = start_pacs(tmp_path / "pacs", pacs_port, "PACS", ("CLARION", scp))
     request.addfinalizer(pacs.kill)
-    config = write_config(tmp_path, scp=scp, pacs=pacs_port)
+    web = free_port()
+    stow = {"port": web, "clients": [{"ae_title": "SENDER", "token": TOKEN}]}
+    config = write_config(tmp_path, scp=scp, pacs=pacs_port, stow=stow)
     with Upheld(config, tmp_path / "clarion.log") as clarion:
-        sender = Sender(tmp_path, scp)
+        ways = [partial(storescu, port=scp), partial(store_by_pynetdicom, port=scp), partial(store_by_stow, port=web)]
+        sender = Sender(tmp_path, ways)
         sender.start()
         killed = _kill_meanwhile(clarion)
         end = time.monotonic() + DEADLINE_S
@@ -63,6 +74,7 @@ def test_kill_every_process_while_sending(tmp_path: Path, request: pytest.Fixtur
             "supervisor",
             "worker",
             "guard",
+            "stow",
         } <= set(killed)
         database = Database(check_config(config).config.database_url)
         _wait_until_verified(database, clarion)
@@ -112,11 +124,11 @@ class Upheld:
 
 
 class Sender(threading.Thread):
-    """Sends every study with DCMTK until all of it is acknowledged; keeps the list."""
+    """Sends every study, in turn by each of the ways, until all of it is acknowledged; keeps the list."""
 
-    def __init__(self, root: Path, port: int) -> None:
+    def __init__(self, root: Path, ways: list[Callable[[list[Path]], set[tuple[str, str]]]]) -> None:
         super().__init__(daemon=True)
-        self._port = port
+        self._ways = itertools.cycle(ways)
         self._pending = [
             make_series(root / f"series{index}", PhantomSpec(slices=SLICES, size=64, length_mm=160, seed=index))
             for index in range(STUDIES)
@@ -128,9 +140,43 @@ class Sender(threading.Thread):
         """One study after the other, two instances at a time: jobs of the one run while the next is sent."""
         for files in self._pending:
             while files and not self.stop.wait(PACE_S):
-                self.acknowledged |= storescu(files[:2], self._port)
+                self.acknowledged |= next(self._ways)(files[:2])
                 done = {uid for uid, _ in self.acknowledged}
                 files[:] = [path for path in files if uid_of(path) not in done]
+
+
+def store_by_pynetdicom(files: list[Path], port: int) -> set[tuple[str, str]]:
+    """Send files with pynetdicom; gives (SOP Instance UID, digest) of what was acknowledged."""
+    ae = AE(ae_title="SENDER")
+    ae.add_requested_context("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1")
+    ae.acse_timeout = ae.dimse_timeout = 20
+    association = ae.associate("127.0.0.1", port, ae_title="CHEST")
+    acknowledged = set()
+    for path in files if association.is_established else ():
+        with contextlib.suppress(RuntimeError, ValueError):  # the association has ended meanwhile
+            if association.send_c_store(path).get("Status") == 0:
+                # It encodes anew what it has parsed; the digest is of what it sends.
+                acknowledged.add((uid_of(path), digest_of(split_part10(path.read_bytes())[0])))
+    if association.is_established:
+        association.release()
+    return acknowledged
+
+
+def store_by_stow(files: list[Path], port: int) -> set[tuple[str, str]]:
+    """Send files in one request; gives (SOP Instance UID, digest) of what was acknowledged."""
+    parts = [b"--b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % path.read_bytes() for path in files]
+    headers = {
+        "Authorization": f"Bearer {TOKEN}",
+        "Content-Type": 'multipart/related; type="application/dicom"; boundary=b',
+    }
+    url = f"http://127.0.0.1:{port}/CHEST/studies"
+    try:
+        answer = httpx.post(url, content=b"".join([*parts, b"--b--\r\n"]), headers=headers, timeout=20)
+        said = answer.json().get("00081199", {}).get("Value", [])
+    except (httpx.HTTPError, ValueError):
+        return set()
+    stored = {one["00081155"]["Value"][0] for one in said}
+    return {(uid_of(path), digest_of(split_part10(path.read_bytes())[0])) for path in files if uid_of(path) in stored}
 
 
 def _kill_meanwhile(clarion: Upheld) -> dict[str, int]:
@@ -139,7 +185,7 @@ def _kill_meanwhile(clarion: Upheld) -> dict[str, int]:
     killed: dict[str, int] = {}
     end = time.monotonic() + DEADLINE_S
     kinds = ["worker", "grouping", "streams", "orchestrator", "delivery", "console", "operator", "intake", "worker"]
-    kinds += ["guard"]
+    kinds += ["guard", "stow"]
     order = [*kinds, "supervisor", *kinds, *rng.sample(kinds, 8), "supervisor"]
     assert len(order) == KILLS
     for kind in order:
