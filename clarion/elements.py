@@ -99,9 +99,13 @@ class Walker:
         """Give the top-level elements in the order of the bytes; raise InvalidInstanceError where they do not nest."""
         position, size = 0, self._size
         while position < size:
-            element = self._plain(position, size) or self._element(position, size, 0)
+            element = self.element_at(position)
             yield element
             position = element.next
+
+    def element_at(self, position: int) -> Element:
+        """Give the top-level element that begins at a position."""
+        return self._plain(position, self._size) or self._element(position, self._size, 0)
 
     @property
     def exhausted(self) -> bool:
