@@ -2,8 +2,8 @@
 
 Contract. Each delivery has a state of its own; one thread works for a destination, and one that cannot be reached is
 left alone for a while (its circuit is open), so one dead PACS never slows another. Sent means that every instance was
-answered with success. Attempts are counted before they begin and every answer is noted when it comes, so after a crash
-exactly what is missing is sent.
+answered with success. Attempts are counted before they begin and answers are noted soon after they come, so after a
+crash what is missing is sent, and perhaps a few instances once more.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from gateway import tables
 from gateway.statuses import Outcome, classify, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from clarion.adapters.database import Database
 
@@ -51,6 +51,10 @@ class Item:
 
     instance: ResultInstance
     status: int | None
+
+
+Answered = tuple[str, int, str]
+"""SOP Instance UID, status, and a note; without one the status is described."""
 
 
 class Outbound:
@@ -93,11 +97,13 @@ class Outbound:
             connection.execute(_table.update().where(here).values(attempts=attempts + 1, due=due.isoformat()))
             return int(attempts) + 1
 
-    def answered(self, delivery_id: str, sop_instance_uid: str, status: int, note: str = "") -> None:
-        """Note the status of one instance."""
-        here = sa.and_(_items.c.delivery_id == delivery_id, _items.c.sop_instance_uid == sop_instance_uid)
+    def answered(self, delivery_id: str, answers: Sequence[Answered]) -> None:
+        """Note the statuses of some instances."""
+        here = sa.and_(_items.c.delivery_id == delivery_id, _items.c.sop_instance_uid == sa.bindparam("uid"))
+        statement = _items.update().where(here).values(status=sa.bindparam("code"), note=sa.bindparam("said"))
+        rows = [{"uid": uid, "code": status, "said": note or describe(status)} for uid, status, note in answers]
         with effect("delivery.record"), self._database.transaction() as connection:
-            connection.execute(_items.update().where(here).values(status=status, note=note or describe(status)))
+            connection.execute(statement, rows)
 
     def settle_sent(self, delivery: Delivery, *, now: datetime, verify_until: datetime, verify: bool) -> None:
         """Every instance was answered with success: sent."""

@@ -1,4 +1,4 @@
-"""Sends the instances of a delivery on the associations that its destination takes, each answer noted as it comes.
+"""Sends the instances of a delivery on the associations that its destination takes.
 
 Several associations share the work, one instance at a time each. The first belongs to the thread of the destination;
 others join as long as there is enough to do, the destination allows it and all destinations together leave room. When
@@ -8,6 +8,7 @@ one gives up, all stop at their next instance: what has no answer is sent in the
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import structlog
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from clarion.model import Destination
     from clarion.ports import ObjectStore
-    from gateway.outbound import Item, Outbound
+    from gateway.outbound import Answered, Item, Outbound
     from gateway.pool import Classes, Lent, Pool
 
 log = structlog.get_logger()
@@ -38,6 +39,9 @@ log = structlog.get_logger()
 _SOP_CLASS_NOT_SUPPORTED = 0x0122
 # An association that joins has to have this much to do, or making it costs more than it brings.
 _EACH = 8
+# A sync for each answer would cost more than sending does; what was not noted at a crash is sent once more.
+_NOTED_TOGETHER = 20
+_NOTED_AFTER_S = 0.2
 
 
 class _Work:
@@ -137,12 +141,21 @@ class Sender:
             self._leave()
 
     def _work_off(self, lent: Lent, destination: Destination, delivery_id: str, work: _Work) -> None:
-        while (item := work.take()) is not None:
-            status, note = self._send_one(lent, destination, item)
-            self._outbound.answered(delivery_id, item.instance.sop_instance_uid, status, note)
-            if status == NO_ANSWER:
-                raise PeerUnavailableError(f"{destination.name}: no answer, or the association ended")
-            work.note(status)
+        answers: list[Answered] = []
+        noted = time.monotonic()
+        try:
+            while (item := work.take()) is not None:
+                status, note = self._send_one(lent, destination, item)
+                answers.append((item.instance.sop_instance_uid, status, note))
+                if len(answers) >= _NOTED_TOGETHER or time.monotonic() - noted > _NOTED_AFTER_S:
+                    self._outbound.answered(delivery_id, answers)
+                    answers, noted = [], time.monotonic()
+                if status == NO_ANSWER:
+                    raise PeerUnavailableError(f"{destination.name}: no answer, or the association ended")
+                work.note(status)
+        finally:
+            if answers:
+                self._outbound.answered(delivery_id, answers)
 
     def _send_one(self, lent: Lent, destination: Destination, item: Item) -> tuple[int, str]:
         try:

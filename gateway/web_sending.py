@@ -39,10 +39,8 @@ class WebSender:
                     continue
                 with effect("delivery.send"):
                     answers = self._store_batch(peer, readable, first=start == 0)
-                for one in readable:
-                    status, note = answers[str(one.instance.sop_instance_uid)]
-                    self._outbound.answered(delivery_id, one.instance.sop_instance_uid, status, note)
-                    failed += classify(status) is Outcome.AGAIN
+                self._outbound.answered(delivery_id, [(uid, *answer) for uid, answer in answers.items()])
+                failed += sum(classify(status) is Outcome.AGAIN for status, _ in answers.values())
                 if failed > self._threshold * len(items):
                     raise PeerUnavailableError(f"{destination.name}: attempt given up after {failed} failures")
 
@@ -59,6 +57,6 @@ class WebSender:
         try:
             self._store.read(item.instance.object)
         except PermanentError as error:
-            self._outbound.answered(delivery_id, item.instance.sop_instance_uid, UNSENDABLE, str(error))
+            self._outbound.answered(delivery_id, [(item.instance.sop_instance_uid, UNSENDABLE, str(error))])
             return False
         return True

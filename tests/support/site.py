@@ -157,7 +157,7 @@ class Site:
         for one in due:
             if one.state == "waiting":
                 for item in self.outbound.items(one.delivery_id):
-                    self.outbound.answered(one.delivery_id, item.instance.sop_instance_uid, 0)
+                    self.outbound.answered(one.delivery_id, [(item.instance.sop_instance_uid, 0, "")])
                 self.outbound.settle_sent(one, now=self.clock.now(), verify_until=self.clock.now(), verify=True)
             else:
                 self.outbound.settle_verified(one, now=self.clock.now(), how="query")

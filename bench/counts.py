@@ -1,0 +1,117 @@
+"""P9, P13, P24: what is counted and not timed: the owner's share of the CPU, memory while a gigabyte comes, syncs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
+
+import load  # noqa: E402
+import receivers  # noqa: E402
+from receivers import Receiver, start, tree  # noqa: E402
+from support.dcmtk import need  # noqa: E402
+from support.processes import drain_traced, wait_for_port  # noqa: E402
+from support.system import describe  # noqa: E402
+from support.world import free_port  # noqa: E402
+
+from console.checks import check_config  # noqa: E402
+
+_SMALL = 4000
+# Instances of 256 MB.
+_BIG = 4
+
+
+def main() -> None:
+    """Print what was counted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="a folder on a disk with room for three gigabytes")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="clarion-bench-", dir=options.work) as root:
+        with ExitStack() as stack:
+            ours = start("clarion", Path(root) / "clarion", stack)
+            print(json.dumps({"P9 CPU of owner : CPU of receiving, small": _owner(ours)}))
+            print(json.dumps(_gigabyte(ours)))
+        print(json.dumps({"P24 syncs for each small instance": _syncs(Path(root))}))
+
+
+def _owner(ours: Receiver) -> float:
+    """Compare the CPU of what works off the journal with that of what writes it."""
+    load.run(ours.port, ours.called, "small", [50] * 4, first=0)
+    ours.settle(200)
+    before = [_cpu(pid) for pid in ours.pids()]
+    load.run(ours.port, ours.called, "small", [_SMALL // 4] * 4, first=200)
+    ours.settle(200 + _SMALL)
+    intake, *others = [_cpu(pid) - was for pid, was in zip(ours.pids(), before, strict=True)]
+    return round(sum(others) / intake, 2)
+
+
+def _cpu(root: int) -> float:
+    return sum(receivers._cpu(pid) for pid in tree(root))  # noqa: SLF001
+
+
+def _gigabyte(ours: Receiver) -> dict[str, float]:
+    """Give the memory of the largest receiving process before, and at most while a gigabyte comes."""
+    intake = ours.pids()[0]
+    workers = tree(intake)
+    idle = max(_resident(pid) for pid in workers)
+    seen, done = [idle], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(max(_resident(pid) for pid in workers))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loads = load.run(ours.port, ours.called, "big", [_BIG], first=10**6)
+    done.set()
+    watcher.join()
+    if any(one.failed for one in loads):
+        raise SystemExit("a large instance was not taken")
+    growth = (max(seen) - idle) / 2**20
+    return {"P13 MB of the worker while 1 GB comes": round(max(seen) / 2**20, 1), "of that new": round(growth, 1)}
+
+
+def _resident(pid: int) -> int:
+    """Give the memory that is a process's own: what it has mapped of a file that is being read does not count."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * sum(int(one) for one in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text))
+
+
+def _syncs(root: Path) -> dict[str, float]:
+    """Count fdatasync with strace while one, four, eight and thirty-two associations send at once."""
+    found = {}
+    for conc in (1, 4, 8, 32):
+        folder = root / f"syncs{conc}"
+        config = describe(folder, scp={"port": free_port(), "workers": 1, "max_associations": 100})
+        port = check_config(config).config.gateway.scp.port
+        trace = folder / "trace"
+        serve = [sys.executable, "-P", "-m", "console.serve", "intake", str(config)]
+        # Without the filter in the kernel every call would stop, and hardly any two would share a sync.
+        strace = [str(need(Path("/usr/bin/strace"), "strace")), "-f", "--seccomp-bpf", "-e", "trace=fdatasync"]
+        command = [*strace, "-o", str(trace), *serve]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, stdout=log)
+        wait_for_port(port, process)
+        time.sleep(1)
+        before = trace.read_text().count("fdatasync(")
+        load.run(port, "CHEST", "small", [1600 // conc] * conc, first=0)
+        found[str(conc)] = round((trace.read_text().count("fdatasync(") - before) / 1600, 2)
+        drain_traced(process)
+    return found
+
+
+if __name__ == "__main__":
+    main()
