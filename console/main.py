@@ -15,6 +15,7 @@ from console.dicom_cli import echo, send
 from console.events_cli import events_cli
 from console.letters_cli import letters_cli
 from console.load_cli import load_cli
+from console.quarantine_cli import quarantine_cli
 from console.replay_cli import replay_cli
 from console.store_cli import store_cli
 from console.topics_cli import topics_cli
@@ -37,6 +38,7 @@ cli.add_typer(load_cli, name="load")
 cli.add_typer(store_cli, name="store")
 cli.add_typer(topics_cli, name="topics")
 cli.add_typer(events_cli, name="events")
+cli.add_typer(quarantine_cli, name="quarantine")
 cli.add_typer(replay_cli, name="replay")
 cli.add_typer(config_cli, name="config")
 cli.command()(echo)

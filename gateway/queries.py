@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -57,10 +57,13 @@ class QuarantineRow:
     quarantine_id: str
     study_uid: str
     sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
     calling_ae: str
     called_ae: str
     received: str
     reason: str
+    object: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +157,26 @@ def list_deliveries(
     ]
 
 
-def list_quarantine(database: Database, limit: int = 500) -> list[QuarantineRow]:
-    """List what is in quarantine, the latest first."""
+def list_quarantine(database: Database, limit: int = 500, study_uid: str | None = None) -> list[QuarantineRow]:
+    """List what is in quarantine, the latest first; of one study if that is given."""
     table = tables.quarantine
+    query = sa.select(table).order_by(table.c.received.desc()).limit(limit)
+    if study_uid is not None:
+        query = query.where(table.c.study_uid == study_uid)
+    return _quarantined(database, query)
+
+
+def find_quarantined(database: Database, beginning: str) -> list[QuarantineRow]:
+    """Find those whose id begins so; two at most."""
+    table = tables.quarantine
+    return _quarantined(
+        database, sa.select(table).where(table.c.quarantine_id.startswith(beginning, autoescape=True)).limit(2)
+    )
+
+
+def _quarantined(database: Database, query: sa.Select[Any]) -> list[QuarantineRow]:
     with database.reading() as connection:
-        rows = connection.execute(sa.select(table).order_by(table.c.received.desc()).limit(limit)).mappings().all()
+        rows = connection.execute(query).mappings().all()
     names = QuarantineRow.__dataclass_fields__
     return [QuarantineRow(**{name: row[name] for name in names}) for row in rows]
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from support.certificates import Authority
 from support.dcmtk import storescu
+from support.processes import clarion
 from support.raw import CT, EXPLICIT, data_set
 from support.scp import serving
 from support.system import describe, running
@@ -30,7 +31,7 @@ from clarion.model import Destination, ObjectRef, WebAccess
 from console.checks import check_config
 from console.stow_stage import StowStage
 from gateway import journal
-from gateway.scu import Timeouts
+from gateway.scu import Requestor, Timeouts
 from gateway.web_peer import WebPeer
 
 TOKEN = "a-token-of-a-modality"
@@ -312,3 +313,23 @@ def test_beyond_loopback_it_needs_tls(tmp_path: Path) -> None:
     path.write_text(json.dumps({"gateway": {"stow": {"host": "0.0.0.0", "clients": [client]}}}))
     with pytest.raises(ConfigError, match="tokens would be in the clear; set tls"):
         check_config(path)
+
+
+def test_what_was_set_aside_can_be_looked_at_and_taken_out(tmp_path: Path) -> None:
+    config = describe(tmp_path / "clarion")
+    broken = data_set("1.2.3")[:-10]
+    with running(config) as system:
+        peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=system.scp)
+        timeouts = Timeouts(connect_s=5, dimse_s=10)
+        with Requestor(peer, own_ae="SENDER", classes=[(CT, EXPLICIT)], timeouts=timeouts) as scu:
+            assert scu.store(broken, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT) == 0xC000
+        system.wait_for(lambda: "truncated" in clarion("quarantine", "list", "-c", config).stdout, "the quarantine")
+        (row,) = json.loads(clarion("quarantine", "list", "-c", config, "--json").stdout)
+        found = row["quarantine_id"][:8]
+        assert "SENDER" in clarion("quarantine", "show", found, "-c", config).stdout
+        target = tmp_path / "out.dcm"
+        assert clarion("quarantine", "export", found, target, "-c", config).returncode == 0
+        assert split_part10(target.read_bytes()) == (broken, EXPLICIT)
+        assert target.stat().st_mode & 0o077 == 0
+        unknown = clarion("quarantine", "show", "zzz", "-c", config)
+        assert (unknown.returncode, "none in quarantine begin so" in unknown.stderr) == (2, True)
