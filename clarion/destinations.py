@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date, time
 from typing import Annotated
 from zoneinfo import ZoneInfo
@@ -12,6 +13,7 @@ from clarion.fields import AeTitle, BesideFile, Model, Name, Port, TlsProfile
 from clarion.model import DAYS, Day, Destination, Schedule, TlsFiles, WebAccess, Window, is_uid
 
 _MIDNIGHT = "24:00"
+_HOUR, _DAY = 60, 24 * 60
 
 
 class TlsClientConfig(Model):
@@ -73,10 +75,18 @@ class WindowConfig(Model):
     from_: Annotated[time, Field(alias="from")]
     to: time | None
 
-    @field_validator("to", mode="before")
+    @field_validator("from_", "to", mode="before")
     @classmethod
-    def _to_midnight(cls, value: object) -> object:
-        return None if value == _MIDNIGHT else value
+    def _as_written(cls, value: object) -> object:
+        """Take a time as HH:MM; YAML makes minutes of one without quotes."""
+        if isinstance(value, int) and _HOUR <= value <= _DAY:
+            value = f"{value // _HOUR:02d}:{value % _HOUR:02d}"
+        if value == _MIDNIGHT:
+            return None
+        found = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", value) if isinstance(value, str) else None
+        if found is None:
+            raise ValueError('is a time as "22:00", in quotes')
+        return f"{int(found[1]):02d}:{found[2]}"
 
 
 class DestinationConfig(Model):

@@ -55,7 +55,7 @@ def _show(lines: list[dict[str, Any]]) -> None:
     for one in lines:
         by = "STOW-RS" if one.get("web") else "TLS" if one.get("tls") else "clear"
         who = f"{one.get('calling_ae', '-'):<16} → {one.get('called_ae', '-'):<16} {one.get('address', ''):<15} {by:<7}"
-        typer.echo(f"{one['time'][:19]}  {who}  {_what(one)}")
+        typer.echo(f"{one['time'][:19]}Z  {who}  {_what(one)}")
     if not lines:
         typer.echo("no association that is like that", err=True)
 

@@ -36,15 +36,19 @@ class Checked:
     definitions: dict[str, bytes]
 
 
-def check_config(path: Path) -> Checked:
-    """Load and check everything. Raises ConfigError with every fault."""
+def check_config(path: Path, *, certificates: bool = True) -> Checked:
+    """Load and check everything. Raises ConfigError with every fault.
+
+    Who only looks needs no `certificates`: a gateway goes on with those it has while others are written.
+    """
     check_package_names()
     config, located = load_config(path)
     definitions = _check_pipelines(config, located, path.parent)
     _check_rules(config, located)
     _check_console(config, located)
-    _check_tls(config, located)
-    _check_stow(config, located)
+    if certificates:
+        _check_tls(config, located)
+        _check_stow(config, located)
     _check_database(config, located)
     if config.bus.kind == "kafka" and importlib.util.find_spec("kafka") is None:
         located.fault(("bus", "kind"), "kafka needs the extra: pip install 'clarion-gateway[kafka]'")
@@ -145,6 +149,10 @@ def _check_stow(config: Config, located: Located) -> None:
         _try_tls(located, (*keys, "tls"), acceptor_context, stow.tls.files)
     elif not is_loopback(stow.host):
         located.fault((*keys, "host"), f"{stow.host} is not loopback, and tokens would be in the clear; set tls")
+    tokens = [one.token.get_secret_value() for one in stow.clients]
+    for index, token in enumerate(tokens):
+        if token in tokens[:index]:
+            located.fault((*keys, "clients", index, "token"), "is used twice; each client needs its own")
     if stow.port in {scp.port, config.console.port, scp.tls.port if scp.tls is not None else 0}:
         located.fault((*keys, "port"), f"{stow.port} is used already; choose another")
 

@@ -49,7 +49,7 @@ def reader(config: Path) -> App:
     from console.app import App  # noqa: PLC0415  quick --help
     from console.checks import check_config  # noqa: PLC0415  quick --help
 
-    checked = check_config(config)
+    checked = check_config(config, certificates=False)
     if not (checked.config.data / "run").is_dir():
         raise ConfigError(
             [f"data: nothing has run on {checked.config.data} yet; start it with `clarion up -c {config}`"]

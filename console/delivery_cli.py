@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, reader, run
+
+if TYPE_CHECKING:
+    from console.app import App
+    from gateway.queries import DeliveryRow
 
 delivery_cli = typer.Typer(help="Look at deliveries, and take up those that failed.", no_args_is_help=True)
 
@@ -37,19 +41,34 @@ def delivery_list(
 
         from gateway.queries import list_deliveries  # noqa: PLC0415  quick --help
 
-        rows = list_deliveries(reader(config).database, states=state or (), limit=limit)
+        app = reader(config)
+        rows = list_deliveries(app.database, states=state or (), limit=limit)
         if as_json:
             print_json([asdict(one) for one in rows])
             return 0
         for one in rows:
             counted = f"{one.answered}/{one.instances}"
-            again = f"again at {one.due[:19]}; " if one.due else ""
+            again = f"{_when(app, one)}; " if one.due else ""
             typer.echo(f"{one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  {again}{one.reason}")
         if not rows:
             typer.echo("no deliveries", err=True)
         return 0
 
     run(body)
+
+
+def _when(app: App, one: DeliveryRow) -> str:
+    """Say when a delivery that waits is sent: its own time, or that of its destination."""
+    from clarion.service import read_heartbeats  # noqa: PLC0415  quick --help
+    from gateway.outbound import BY_A_PERSON  # noqa: PLC0415  as above
+
+    facts = next((beat.facts for beat in read_heartbeats(app.data / "run") if beat.stage == "delivery"), {})
+    windows, unreached = facts.get("destinations_waiting"), facts.get("destinations_unreached")
+    if isinstance(windows, dict) and one.destination in windows and one.reason != BY_A_PERSON:
+        return f"waits for its window, {windows[one.destination]}"
+    if isinstance(unreached, dict) and one.destination.lower() in unreached:
+        return f"cannot be reached, tried again at {unreached[one.destination.lower()][:19]}"
+    return f"again at {one.due[:19]}"
 
 
 @delivery_cli.command("retry")
@@ -62,7 +81,7 @@ def delivery_retry(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be taken up.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send now, with a new budget, what waits, failed, stayed unverified or was superseded.
+    """Send now, outside its windows too and with a new budget, what waits, failed, stayed unverified or was superseded.
 
     What was stored of a failed one is not sent again; an unverified one, of which nothing can be proved, is sent whole.
     """

@@ -124,7 +124,7 @@ def _show(sent: Sent, *, as_json: bool) -> None:
         return
     typer.echo(f"{len(sent.acknowledged)} acknowledged, {len(sent.refused)} refused, {len(sent.skipped)} skipped")
     for one in sent.refused:
-        typer.echo(f"  refused 0x{one.status:04X} {one.file} ({one.sop_instance_uid})")
+        typer.echo(f"  refused 0x{one.status:04X} {one.file} ({one.sop_instance_uid}) {one.comment}".rstrip())
     for name in sent.skipped:
         typer.echo(f"  skipped {name}: not a DICOM file that can be sent")
 

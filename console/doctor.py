@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from gateway.access import matches
 from gateway.scu import Requestor, Timeouts
 from gateway.space import Space
 from gateway.web_peer import WebPeer
+from gateway.wire.secure import expires
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from clarion.model import Destination
 
 _CONNECT_S = 3.0
+_RENEW_BEFORE = timedelta(days=30)
 # What a PostgreSQL has to be like for what it has committed to be there after a power cut.
 _DURABLE: dict[str, set[str | None]] = {
     "fsync": {"on"},
@@ -61,7 +64,8 @@ def diagnose(config_file: Path) -> list[Check]:
         return [*checks, Check(name="configuration", good=False, found=str(error), remedy="mend the lines named")]
     config = checked.config
     checks.append(Check(name="configuration", good=True, found=str(config_file)))
-    running = {beat.stage for beat in read_heartbeats(config.data / "run") if beat.alive}
+    beats = [beat for beat in read_heartbeats(config.data / "run") if beat.alive]
+    taken = {beat.stage: {beat.facts.get("port"), beat.facts.get("tls_port")} for beat in beats}
     notes = notes_on(config)
     checks.append(Check(name="receiving", good=not notes, found="; ".join(notes) or "sources and AE titles are named",
                         remedy="add them, unless you mean it"))  # fmt: skip
@@ -69,7 +73,8 @@ def diagnose(config_file: Path) -> list[Check]:
     checks += _database(config)
     checks += _broker(config)
     checks.append(_space(config))
-    checks += _ports(config, running)
+    checks += _ports(config, taken)
+    checks += _certificates(config)
     checks += _peers(config)
     return checks
 
@@ -140,12 +145,19 @@ def _space(config: Config) -> Check:
     )
 
 
-def _ports(config: Config, running: set[str]) -> Iterator[Check]:
-    for name, stage, host, port in (
-        ("gateway.scp.port", "intake", config.gateway.scp.host, config.gateway.scp.port),
-        ("console.port", "console", config.console.host, config.console.port),
-    ):
-        if stage in running:
+def _ports(config: Config, taken: dict[str, set[object]]) -> Iterator[Check]:
+    """Look at every port; `taken` are those that a running Clarion of this folder says it has, by stage."""
+    scp, stow, console = config.gateway.scp, config.gateway.stow, config.console
+    ports = [
+        ("gateway.scp.port", "intake", scp.host, scp.port),
+        ("console.port", "console", console.host, console.port),
+    ]
+    if scp.tls is not None:
+        ports.append(("gateway.scp.tls.port", "intake", scp.tls.host, scp.tls.port))
+    if stow is not None:
+        ports.append(("gateway.stow.port", "stow", stow.host, stow.port))
+    for name, stage, host, port in ports:
+        if port in taken.get(stage, set()):
             yield Check(name=name, good=True, found=f"{port}, in use by Clarion")
             continue
         with socket.socket() as probe:
@@ -170,6 +182,21 @@ def _names_of_sources(config: Config) -> Iterator[Check]:
         except PeerUnavailableError as error:
             yield Check(name=f"source {source.ae_title}", good=False, found=str(error),
                         remedy="mend the name or DNS; until then its associations are rejected for now")  # fmt: skip
+
+
+def _certificates(config: Config) -> Iterator[Check]:
+    """Look at how long the certificates that we show are still valid."""
+    gateway = config.gateway
+    ours = [gateway.scp.tls, gateway.stow.tls if gateway.stow is not None else None]
+    paths = [one.certificate for one in ours if one is not None]
+    paths += [one.tls.certificate for one in gateway.destinations if one.tls is not None and one.tls.certificate]
+    shown = set(paths)
+    for certificate in sorted(shown):
+        until = expires(certificate)
+        if until is not None:
+            soon = until - datetime.now(UTC) < _RENEW_BEFORE
+            yield Check(name=f"certificate {certificate.name}", good=not soon, found=f"valid until {until:%Y-%m-%d}",
+                        remedy="renew it: write certificate and key anew, no restart is needed")  # fmt: skip
 
 
 def _web_peer(destination: Destination, timeouts: Timeouts) -> Check:

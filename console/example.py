@@ -31,6 +31,9 @@ gateway:
   - {ae_title: MODALITY, host: 127.0.0.1}
   destinations:
   - {name: pacs, ae_title: PACS, host: 127.0.0.1, port: 4242}
+  # - {name: cloud, dicomweb: {url: "https://pacs.example.org/dicom-web", token: SECRET}}
+  # and for either: windows: [{from: "22:00", to: "06:00"}], max_associations: 2; see docs/operations.md
+  # stow: {port: 5080, clients: [{ae_title: WEB, token: A-SECRET-OF-16-OR-MORE}]}   # receive by STOW-RS
   intake:
     watermark_percent: 85           # of the disk; beyond it senders are told to try later
     reserve_gb: 5

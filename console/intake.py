@@ -19,7 +19,7 @@ from gateway.journal import logs
 from gateway.journal_writer import JournalWriter, settle
 from gateway.receiver import STALL_S, Channels, Receiver, channels, listen, worker_count
 from gateway.space import Space
-from gateway.wire.secure import Renewed, acceptor_context
+from gateway.wire.secure import Renewed, acceptor_context, expires
 from gateway.wire.stream import Deadlines
 from gateway.worker import Worker
 
@@ -113,6 +113,7 @@ class IntakeStage:
         slots = [one.counts for one in self.board.slots]
         return {
             "port": self._config.scp.port,
+            "certificate_until": self._certificate_until(),
             "tls_port": self._tls.port if self._tls is not None else None,
             "associations": self.board.associations,
             "refusals": self.board.refusals,
@@ -125,6 +126,10 @@ class IntakeStage:
             "replaced_workers": sum(one.restarts for one in self.board.slots),
             "space": "ok" if self._space.available() else "low",
         }
+
+    def _certificate_until(self) -> str | None:
+        until = expires(self._tls.certificate) if self._tls is not None else None
+        return until.isoformat() if until is not None else None
 
     def drain(self) -> None:
         """Accept no more, let associations end, close the journal."""

@@ -32,13 +32,13 @@ def load_studies(  # noqa: PLR0913, PLR0917  options of a command line, each by 
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="So many times; from the second, new UIDs.")] = 1,
     duplicate: Annotated[bool, typer.Option("--duplicate", help="Send each instance twice.")] = False,
     reorder: Annotated[bool, typer.Option("--reorder", help="Send in a random order.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the random order and of new UIDs.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Fixes the random order and the new UIDs.")] = None,
     ledger: Annotated[
         Path | None, typer.Option(help="Append SOP Instance UID and digest of what is acknowledged to this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send studies; exit status 0 only if all was acknowledged, 1 if some was refused, 3 if the peer went away.
+    """Send studies; exit status 0 only if all was acknowledged, 1 if something was refused, 3 if the peer went away.
 
     Ctrl-C ends it and says how many were not sent.
     """
@@ -84,8 +84,10 @@ def load_studies(  # noqa: PLR0913, PLR0917  options of a command line, each by 
 
 
 def _status(outcome: Outcome) -> int:
-    if outcome.pending:
+    if outcome.pending and not outcome.refused_for_good:
         return _UNREACHED
+    if outcome.pending:
+        return _REFUSED
     return _REFUSED if outcome.refused else 0
 
 
@@ -98,10 +100,8 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
         f"{said['acknowledged']} of {said['planned']} acknowledged, {said['pending']} pending, "
         f"{said['instances_per_second']:,.1f} instances/s, {said['megabytes_per_second']:,.1f} MB/s"
     )
-    times = said["response_ms"]
-    typer.echo(
-        f"response: median {times['p50']} ms, p95 {times['p95']} ms, p99 {times['p99']} ms, max {times['max']} ms"
-    )
+    if outcome.latencies:
+        typer.echo("response: " + ", ".join(f"{name} {value} ms" for name, value in said["response_ms"].items()))
     for status, number in said["refused"].items():
         typer.echo(f"  {number} refused {status}")
     for name in said["skipped"]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from clarion.dicom import split_part10
 from clarion.digests import digest_of
-from clarion.errors import InvalidInstanceError, PeerUnavailableError
+from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError
 from clarion.renaming import rename
 from console.sending import look_through
 from gateway.scu import Requestor, Timeouts
@@ -43,7 +43,7 @@ class Order:
     rate: float | None = None
     duplicate: bool = False
     reorder: bool = False
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(slots=True)
@@ -59,6 +59,7 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     trouble: str = ""
+    refused_for_good: bool = False
 
     @property
     def pending(self) -> int:
@@ -91,7 +92,7 @@ class StudyLoad:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._begun = 0.0
-        self._salt = f"{order.seed}/{time.time_ns()}"
+        self._salt = f"load/{order.seed if order.seed is not None else time.time_ns()}"
         self.outcome = Outcome(planned=len(self._queue), skipped=found.skipped)
 
     def run(self) -> Outcome:
@@ -132,6 +133,7 @@ class StudyLoad:
                 tries += 1
                 if not isinstance(error, PeerUnavailableError) or tries > _TRIES:
                     self.outcome.trouble = str(error)
+                    self.outcome.refused_for_good = isinstance(error, PeerRefusedError)
                     return
                 self._stopped.wait(_PAUSE_S)
 

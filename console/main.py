@@ -64,7 +64,11 @@ def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
         supervisor = Supervisor(checked)
         supervisor.start()
         scp, page = checked.config.gateway.scp, checked.config.console
-        typer.echo(f"clarion: ready; SCP {scp.host}:{scp.port}, page http://{page.host}:{page.port}/", err=True)
+        places = [f"SCP {scp.host}:{scp.port}"]
+        places += [f"with TLS {scp.tls.host}:{scp.tls.port}"] if scp.tls is not None else []
+        stow = checked.config.gateway.stow
+        places += [f"STOW-RS {stow.host}:{stow.port}"] if stow is not None else []
+        typer.echo(f"clarion: ready; {', '.join(places)}, page http://{page.host}:{page.port}/", err=True)
         supervisor.watch()
         supervisor.stop()
         return 0
@@ -74,7 +78,9 @@ def up(config: ConfigFile = DEFAULT_CONFIG) -> None:
 
 @cli.command()
 def serve(
-    stage: Annotated[str, typer.Argument(help="intake, grouping, streams, orchestrator, delivery, relay or console.")],
+    stage: Annotated[
+        str, typer.Argument(help="intake, stow, grouping, streams, orchestrator, delivery, relay, console.")
+    ],
     config: ConfigFile = DEFAULT_CONFIG,
 ) -> None:
     """Run one stage, for deployments that start each on its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -101,6 +102,12 @@ def _peers(config: Config) -> Iterator[Metric]:
             rejected.add_metric([check, by], count)
     yield from families.values()
     yield rejected
+    ends = GaugeMetricFamily("clarion_certificate_expires_seconds", "When our certificate ends, as Unix time.")
+    for beat in read_heartbeats(config.data / "run"):
+        until = beat.facts.get("certificate_until")
+        if isinstance(until, str):
+            ends.add_metric([], datetime.fromisoformat(until).timestamp())
+    yield ends
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Refused:
     file: str
     sop_instance_uid: str
     status: int
+    comment: str
 
 
 @dataclass(slots=True)
@@ -75,7 +76,8 @@ def send_folder(
                 acknowledged(one.sop_instance)
             else:
                 name = str(one.path.relative_to(folder)) if folder.is_dir() else one.path.name
-                sent.refused.append(Refused(file=name, sop_instance_uid=one.sop_instance, status=status))
+                said = Refused(file=name, sop_instance_uid=one.sop_instance, status=status, comment=requestor.comment)
+                sent.refused.append(said)
             progress(number, len(files))
     return sent
 

@@ -33,7 +33,13 @@ def read_stages(config: Config) -> list[dict[str, Any]]:
 
 def _stage(name: str, beat: Heartbeat | None) -> dict[str, Any]:
     if beat is None:
-        return {"stage": name, "state": "down", "alive": False, "pid": None, "trouble": "has not been started"}
+        return {
+            "stage": name,
+            "state": "down",
+            "alive": False,
+            "pid": None,
+            "trouble": "has not been started, or failed to",
+        }
     described = {"stage": name, "alive": beat.alive, "pid": beat.pid, "trouble": beat.trouble, "facts": beat.facts}
     since = str(beat.facts.get("waiting_since", ""))
     if beat.state == "stopped":

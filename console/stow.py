@@ -83,16 +83,20 @@ class Stow:
                 401, "a token that gateway.stow.clients knows is required", {"WWW-Authenticate": "Bearer"}
             )
         if called not in self._called:
-            self._reject("called-ae", request)
+            self._reject("called-ae", request, calling_ae=client.ae_title, called_ae=called)
             raise HTTPException(404, f"{called!r} is none of gateway.ae_titles")
         if study and not is_uid(study):
             raise HTTPException(400, "the study in the path is no UID")
-        boundary = _boundary_of(request)
+        try:
+            boundary = _boundary_of(request)
+        except HTTPException as error:
+            self._reject("media-type", request, calling_ae=client.ae_title, called_ae=called, reason=str(error.detail))
+            raise
         if self._open >= self._most:
-            self._reject("request-limit", request)
+            self._reject("request-limit", request, calling_ae=client.ae_title, called_ae=called)
             raise HTTPException(503, "too many requests at once", {"Retry-After": "5"})
         if not self._intake.space.available():
-            self._reject("disk-space", request)
+            self._reject("disk-space", request, calling_ae=client.ae_title, called_ae=called)
             raise HTTPException(503, "disk space low", {"Retry-After": _RETRY_AFTER_S})
         sender = Sender(calling_ae=client.ae_title, called_ae=called, study_uid=study)
         self._open += 1
@@ -174,10 +178,10 @@ class Stow:
                 found = one
         return found
 
-    def _reject(self, check: str, request: Request) -> None:
+    def _reject(self, check: str, request: Request, **who: str) -> None:
         self.rejected[check] = self.rejected.get(check, 0) + 1
-        log.warning("association.rejected", check=check, address=_address(request))
-        self._written.write(REJECTED, check=check, web=True, address=_address(request))
+        log.warning("association.rejected", check=check, address=_address(request), **who)
+        self._written.write(REJECTED, check=check, web=True, address=_address(request), **who)
 
 
 def _address(request: Request) -> str:

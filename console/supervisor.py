@@ -68,6 +68,9 @@ class Supervisor:
         One that refuses to start says why in the log; one that was killed meanwhile is started again.
         """
         begun = time.time()
+        for stage in self._stages:
+            # What an older run said last is not how this one is.
+            (self._data / "run" / f"{stage}.json").unlink(missing_ok=True)
         needed = self._stages if self._make_tables() else (STAGES[0],)
         for stage in self._stages:
             self._children[stage] = _Child(stage, self._spawn(stage), time.monotonic())
@@ -103,7 +106,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Start again what ends, until a signal comes."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
         while not self._stop.wait(_LOOK_S):
             self.look()

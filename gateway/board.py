@@ -15,8 +15,8 @@ from gateway.access import REJECTIONS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MALFORMED = "malformed-request"
-CHECKS = (*(one.check for one in REJECTIONS), MALFORMED)
+MALFORMED, NO_TLS = "malformed-request", "tls"
+CHECKS = (*(one.check for one in REJECTIONS), MALFORMED, NO_TLS)
 
 _CHECKS_AT = 8
 _DRAINING, _PENDING, _SAID_BYTES = 0, 1, 2

@@ -26,7 +26,7 @@ from clarion.errors import (
     describe,
 )
 from gateway.circuits import Circuits
-from gateway.outbound import SENT, UNKNOWN_DESTINATION, Outbound, backoff, judge, outcome_of
+from gateway.outbound import BY_A_PERSON, SENT, UNKNOWN_DESTINATION, Outbound, backoff, judge, outcome_of
 from gateway.pool import Pool, UnreachedError
 from gateway.proving import Prover
 from gateway.scu import Requestor, Timeouts
@@ -110,8 +110,8 @@ class DeliveryStage:
         for name, deliveries in waiting.items():
             destination = self._destinations.get(name)
             may_send = destination is None or is_open(destination.schedule, now)
-            # What was sent is verified at any time.
-            chosen = [one for one in deliveries if may_send or one.state == SENT]
+            # What was sent is verified at any time, and what a person took up is sent at once.
+            chosen = [one for one in deliveries if may_send or one.state == SENT or one.reason == BY_A_PERSON]
             if chosen and self._circuits.is_closed(name):
                 self._start(name, self._work, chosen)
         self._start_answers()

@@ -21,7 +21,7 @@ import structlog
 
 from gateway.access import TOO_MANY, UNRESOLVED, Admission, Rejection
 from gateway.association_log import REJECTED
-from gateway.board import MALFORMED
+from gateway.board import MALFORMED, NO_TLS
 from gateway.handover import MOST_SAID_BYTES, Handover, Told
 from gateway.wire import pdu
 from gateway.wire.pdu import PduError
@@ -240,7 +240,7 @@ class Guard:
         if not first:
             self._forget(one)
         elif first[0] != pdu.TLS_HANDSHAKE:
-            self._refuse(one, pdu.abort(pdu.UNRECOGNISED_PDU), MALFORMED, "no TLS on the port that speaks it")
+            self._refuse(one, pdu.abort(pdu.UNRECOGNISED_PDU), NO_TLS, "no TLS on the port that speaks it")
         else:
             one.waiting = True
             self._selector.unregister(one.connection)

@@ -26,6 +26,8 @@ WAITING, SENT, VERIFIED, UNVERIFIED, FAILED = "waiting", "sent", "verified", "un
 SUPERSEDED = "superseded"
 RETRYABLE = (WAITING, FAILED, UNVERIFIED, SUPERSEDED)
 UNKNOWN_DESTINATION = "unknown-destination"
+BY_A_PERSON = "taken-up"
+"""Why a delivery waits that somebody took up: it does not wait for a window."""
 
 _table = tables.deliveries
 _items = tables.delivery_instances
@@ -43,6 +45,7 @@ class Delivery:
     spent: int
     transaction_uid: str | None
     verify_until: datetime | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +211,7 @@ class Outbound:
         with self._database.reading() as connection:
             if connection.execute(sa.select(_table.c.delivery_id).where(here)).first() is None:
                 return 0
-        return len(self._retry(here, now))
+        return len(self._retry(here, now, ""))
 
     def retry(self, delivery_ids: Iterable[str], now: datetime) -> list[str]:
         """Take up deliveries now, with a new budget, that wait, failed, stayed unverified or were superseded.
@@ -217,10 +220,15 @@ class Outbound:
         and cannot be proved.
         """
         here = sa.and_(_table.c.state.in_(RETRYABLE), _table.c.delivery_id.in_(sorted(delivery_ids)))
-        return self._retry(here, now)
+        return self._retry(here, now, BY_A_PERSON)
 
-    def _retry(self, here: sa.ColumnElement[bool], now: datetime) -> list[str]:
-        fresh: dict[str, Any] = {"state": WAITING, "due": now.isoformat(), "reason": "", "transaction_uid": None}
+    def _retry(self, here: sa.ColumnElement[bool], now: datetime, reason: str) -> list[str]:
+        fresh: dict[str, Any] = {
+            "state": WAITING,
+            "due": now.isoformat(),
+            "reason": reason,
+            "transaction_uid": None,
+        }
         fresh["spent"] = _table.c.attempts
         with effect("delivery.retry"), self._database.transaction() as connection:
             taken = list(connection.execute(sa.select(_table.c.delivery_id).where(here)).scalars())
@@ -270,6 +278,7 @@ def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`
         spent=row.spent,
         transaction_uid=row.transaction_uid,
         verify_until=datetime.fromisoformat(row.verify_until) if row.verify_until else None,
+        reason=row.reason,
     )
 
 

@@ -72,6 +72,7 @@ class Requestor:
         self._name = destination.name
         self._on_report = on_report
         self._reported = False
+        self.comment = ""
         self._message = 0
         proposed: list[tuple[str, tuple[str, ...]]] = [(one, (syntax,)) for one, syntax in sorted(set(classes))]
         proposed = proposed[:_MOST_CLASSES]
@@ -251,6 +252,8 @@ class Requestor:
                 return message
 
     def _status(self, message: Message) -> int:
+        """Give the status of a response; what it says beside it is kept as `comment` (PS3.7 C, Error Comment)."""
+        self.comment = message.command.get(commands.COMMENT, b"").decode("latin-1").strip(" \0")
         if message.status is None:
             raise PeerUnavailableError(f"{self._name}: an answer without a status")
         return message.status

@@ -13,7 +13,7 @@ import structlog
 from gateway.access import Rejection
 from gateway.association import LINGER_S, Shared
 from gateway.association_log import REJECTED
-from gateway.board import MALFORMED
+from gateway.board import MALFORMED, NO_TLS
 from gateway.wire import pdu, secure
 from gateway.wire.pdu import PduError
 from gateway.wire.sockets import close_gently
@@ -88,14 +88,14 @@ class Secured:
         try:
             self._connection = secure.accept(self._connection, self._tls.context(), HANDSHAKE_S)
         except (OSError, ValueError) as error:
-            self._refuse(f"no TLS: {secure.reason_of(error)}")
+            self._refuse(NO_TLS, f"no TLS: {secure.reason_of(error)}")
             return None
         try:
             request = pdu.parse_request(self._read_request())
             rejection = self._admitting.malformed(request)
             admission = rejection or self._admitting.check(request, address)
         except PduError as error:
-            self._refuse(str(error))
+            self._refuse(MALFORMED, str(error))
             self._say(pdu.abort(error.reason))
             return None
         except OSError:
@@ -135,10 +135,10 @@ class Secured:
         self._rejected(rejection.check, f"{rejection.check}: {request.calling} at {address} to {request.called}")
         self._say(pdu.reject(rejection.result, rejection.source, rejection.reason))
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, check: str, reason: str) -> None:
         log.warning("connection.refused", reason=reason, address=self._handover.address)
-        self._written.write(REJECTED, check=MALFORMED, tls=True, reason=reason, address=self._handover.address)
-        self._rejected(MALFORMED, f"{reason}: {self._handover.address}")
+        self._written.write(REJECTED, check=check, tls=True, reason=reason, address=self._handover.address)
+        self._rejected(check, f"{reason}: {self._handover.address}")
 
     def _say(self, data: bytes) -> None:
         try:

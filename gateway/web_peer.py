@@ -125,9 +125,7 @@ class WebPeer:
         except httpx.TimeoutException as error:
             raise PeerUnavailableError(f"{self._name}: {self._url} does not answer") from error
         except httpx.HTTPError as error:
-            raise PeerUnavailableError(
-                f"{self._name}: {self._url} cannot be reached ({type(error).__name__})"
-            ) from error
+            raise PeerUnavailableError(f"{self._name}: {self._url} cannot be reached ({error})") from error
         if answer.status_code in _UNAUTHORISED:
             raise PeerRefusedError(f"{self._name}: HTTP {answer.status_code}; is the user or token right?")
         if answer.status_code in _AGAIN or answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:

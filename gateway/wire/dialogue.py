@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from gateway.wire.pdu import PduError
 from gateway.wire.sockets import prepare, send_parts, wait, waits
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Iterable, Mapping
 
 _LONGEST_PDU = 2**20
@@ -82,6 +82,8 @@ class Dialogue:
         kind, body = self._read_pdu()
         if kind == pdu.ASSOCIATE_RJ and len(body) == 4:  # noqa: PLR2004  a reserved byte and three numbers
             raise DialogueError("rejected", (body[1], body[2], body[3]))
+        if kind == pdu.ABORT:
+            raise DialogueError("the peer aborted the association request; does it speak TLS on this port?")
         if kind != pdu.ASSOCIATE_AC:
             raise DialogueError(f"PDU type {kind} in answer to an association request")
         try:
@@ -112,6 +114,8 @@ class Dialogue:
     def _send_parts(self, parts: Iterable[bytes | memoryview]) -> None:
         try:
             send_parts(self._socket, parts)
+        except ssl.SSLError as error:
+            raise DialogueError(_ended_tls(error)) from error
         except OSError as error:
             raise DialogueError("the peer takes nothing more") from error
 
@@ -166,6 +170,8 @@ class Dialogue:
                 more = self._socket.recv(max(65536, count - len(self._buffer)))
                 # Peers with Nagle on answer in pieces, each of which waits for this.
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            except ssl.SSLError as error:
+                raise DialogueError(_ended_tls(error)) from error
             except OSError as error:
                 raise DialogueError("no answer before the deadline, or the connection was lost") from error
             if not more:
@@ -209,6 +215,10 @@ def _connect(address: tuple[str, int], seconds: float, tls: ssl.SSLContext | Non
     except (OSError, ValueError) as error:
         connection.close()
         raise DialogueError(f"no TLS: {secure.reason_of(error)}") from error
+
+
+def _ended_tls(error: ssl.SSLError) -> str:
+    return f"the peer ended TLS ({secure.reason_of(error)}); does it want another certificate of ours?"
 
 
 def _parsed(command: bytearray) -> dict[int, bytes]:

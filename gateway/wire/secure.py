@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ssl
 import threading
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -59,6 +60,20 @@ def take_over(context: ssl.SSLContext, files: TlsFiles) -> None:
             context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)
         except (OSError, ValueError) as error:
             raise ConfigError([f"{files.certificate} and {files.key}: {_said(error)}"]) from error
+        until = expires(files.certificate)
+        if until is not None and until < datetime.now(UTC):
+            raise ConfigError([f"{files.certificate}: the certificate ended on {until:%Y-%m-%d}; renew it"])
+
+
+def expires(certificate: Path) -> datetime | None:
+    """Tell until when the first certificate of a file is valid; None where that cannot be read."""
+    # The standard library reads a certificate of ours only by this; without it nothing is known, and nothing refused.
+    read: Any = getattr(ssl._ssl, "_test_decode_cert", None)  # type: ignore[attr-defined]  # noqa: SLF001  as said
+    try:
+        ends = read(str(certificate))["notAfter"]
+        return datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _no_passphrase() -> bytes:

@@ -56,7 +56,9 @@ def test_send_keeps_a_ledger_and_names_what_was_refused(at: Serving, tmp_path: P
         == said["acknowledged"]
         == sorted(map(uid_of, series), key=said["acknowledged"].index)
     )
-    assert said["refused"] == [{"file": "short.dcm", "sop_instance_uid": uid_of(series[0]), "status": "0xC000"}]
+    assert said["refused"] == [
+        {"file": "short.dcm", "sop_instance_uid": uid_of(series[0]), "status": "0xC000", "comment": "truncated"}
+    ]
     assert said["skipped"] == ["readme.txt"]
     stored = {fields["sop_instance_uid"] for kind, fields in at.journalled() if kind == "stored"}
     assert stored == set(said["acknowledged"])

@@ -20,6 +20,7 @@ from support.world import free_port, pause
 
 from clarion.model import Schedule, Window
 from clarion.testing.suites import MOMENT
+from console.checks import check_config
 from gateway.windows import is_open, opens
 from gateway.wire import pdu
 
@@ -193,6 +194,30 @@ def test_when_a_window_opens_next() -> None:
     holiday_only = Schedule(windows=(), holidays=(date(2026, 12, 25),), timezone="Europe/Berlin")
     assert opens(holiday_only, christmas) == datetime.fromisoformat("2026-12-24T23:00:00+00:00")
     assert opens(holiday_only, now) is None
+
+
+def test_times_without_quotes_are_what_they_look_like(tmp_path: Path) -> None:
+    """YAML makes minutes of them. Bites: take them as they come, and delivery cannot start."""
+    path = tmp_path / "clarion.yaml"
+    path.write_text(
+        "gateway:\n  destinations:\n  - {name: p, ae_title: A, host: h, port: 1, timezone: UTC, "
+        "windows: [{from: 22:00, to: 06:00}, {days: [sat], from: 0:00, to: 24:00}]}\n"
+    )
+    schedule = check_config(path).config.gateway.destinations[0].destination.schedule
+    assert schedule is not None
+    assert [(one.begins, one.ends) for one in schedule.windows] == [(time(22), time(6)), (time(), None)]
+    assert is_open(schedule, datetime.fromisoformat("2026-11-30T23:00:00+00:00"))
+    assert not is_open(schedule, datetime.fromisoformat("2026-11-30T12:00:00+00:00"))
+
+
+def test_what_a_person_takes_up_does_not_wait_for_a_window(tmp_path: Path) -> None:
+    window = {"days": ["sun"], "from": "13:00", "to": "24:00"}
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port, destination={"windows": [window], "timezone": "UTC"})
+        rig.request()
+        rig.step_until(lambda: rig.row() is not None)
+        assert rig.outbound.retry(["d"], rig.clock.now()) == ["d"]
+        assert rig.settle().state == "verified"
 
 
 def test_nothing_is_sent_outside_the_windows_and_everything_when_one_opens(tmp_path: Path) -> None:
@@ -391,7 +416,11 @@ def test_an_object_that_is_gone_does_not_break_its_batch(orthanc: str, tmp_path:
         ({"name": "p", "dicomweb": {"url": "http://h", "user": "u"}}, "user and password go together"),
         ({"name": "p", "ae_title": "A", "host": "h", "port": 1, "timezone": "Berlin"}, "no time zone 'Berlin'"),
         ({"name": "p", "ae_title": "A", "host": "h", "port": 1, "transfer_syntaxes": ["LE"]}, "'LE' is no UID"),
-        ({"name": "p", "ae_title": "A", "host": "h", "port": 1, "windows": [{"from": "9", "to": "10:00"}]}, "windows"),
+        (
+            {"name": "p", "ae_title": "A", "host": "h", "port": 1, "windows": [{"from": "9", "to": "10:00"}]},
+            "in quotes",
+        ),
+        ({"name": "p", "ae_title": "A", "host": "h", "port": 1, "windows": [{"from": 9, "to": "10:00"}]}, "in quotes"),
     ],
 )
 def test_faults_of_a_destination_are_named(destination: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def test_a_rate_is_kept(at: Serving, tmp_path: Path) -> None:
 
 def test_a_peer_that_is_not_there_and_one_that_refuses(at: Serving, tmp_path: Path) -> None:
     file = make_series(tmp_path / "series")[0]
+    stranger = clarion("load", "studies", file, "-a", "B", "--port", at.port, "--calling", "X")
+    assert stranger.returncode == 1
     away = clarion("load", "studies", file, "-a", "B", "--port", free_port(), "--json")
     assert away.returncode == 3
     assert json.loads(away.stdout)["pending"] == 1

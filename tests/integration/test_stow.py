@@ -307,6 +307,16 @@ def test_a_study_by_stow_becomes_a_job_in_the_running_system(tmp_path: Path) -> 
         assert len(digests) == len(files)
 
 
+def test_two_clients_may_not_have_one_token(tmp_path: Path) -> None:
+    """Bites: take the last that fits, and instances are said to come from somebody else."""
+    path = tmp_path / "clarion.yaml"
+    clients = [{"ae_title": "WEB", "token": TOKEN}, {"ae_title": "OTHER", "token": TOKEN}]
+    path.write_text(json.dumps({"gateway": {"stow": {"clients": clients}}}))
+    with pytest.raises(ConfigError, match="used twice") as caught:
+        check_config(path)
+    assert TOKEN not in str(caught.value)
+
+
 def test_beyond_loopback_it_needs_tls(tmp_path: Path) -> None:
     path = tmp_path / "clarion.yaml"
     client = {"ae_title": "WEB", "token": TOKEN}

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_without_a_certificate_that_is_vouched_for_nobody_speaks(
                 Spoken(port_of(tls), authority, pair).associate()
             until_said(logs, "connection.refused")
     until_refused(at, 2)
-    assert at.board.refusals == {"malformed-request": 2}
+    assert at.board.refusals == {"tls": 2}
     with Raw(at.port) as plain:
         assert plain.associate().echo() == 0
 
@@ -331,6 +332,12 @@ def test_echo_and_send_by_hand(
     done = clarion("echo", peer, *options, "--json")
     assert (done.returncode, json.loads(done.stdout)["status"]) == (0, "0x0000"), done.stderr
     assert clarion("send", file, peer, *options).stdout == "1 acknowledged, 0 refused, 0 skipped\n"
+    unknown = clarion("echo", peer, "--calling", "A", "--tls-ca", authority.ca)
+    assert unknown.returncode == 3
+    assert "the peer ended TLS" in unknown.stderr
+    assert "does it want another certificate of ours?" in unknown.stderr
+    clear = clarion("echo", peer, "--calling", "A")
+    assert "does it speak TLS on this port?" in clear.stderr
     untrusted = clarion("echo", peer, "--calling", "A", "--tls")
     assert untrusted.returncode == 3
     assert "the peer's certificate is not accepted" in untrusted.stderr
@@ -340,6 +347,7 @@ def test_faults_of_the_files_are_found_before_anything_starts(
     authority: Authority, ours: Pair, theirs: Pair, tmp_path: Path
 ) -> None:
     encrypted = tmp_path / "encrypted.key"
+    ended = authority.issue("ended", until=datetime(2025, 2, 1, tzinfo=UTC))
     subprocess.run(
         ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(ours.key), "-out", str(encrypted)]
         if b"RSA" in ours.key.read_bytes()
@@ -351,6 +359,7 @@ def test_faults_of_the_files_are_found_before_anything_starts(
         (ours.certificate, encrypted, "the key is encrypted"),
         (tmp_path / "none.pem", ours.key, "No such file"),
         (authority.ca, authority.ca, "no PEM file as it should be"),
+        (ended.certificate, ended.key, "the certificate ended on"),
     ):
         path = tmp_path / "clarion.yaml"
         path.write_text(json.dumps({"gateway": {"scp": {"tls": {"certificate": str(certificate), "key": str(key)}}}}))
