@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clarion.errors import ResourceBusyError
 from gateway.wire.secure import Renewed, acceptor_context, take_over
 
 if TYPE_CHECKING:
+    import asyncio
+
     from fastapi import FastAPI
 
     from clarion.model import TlsFiles
@@ -22,6 +25,28 @@ log = structlog.get_logger()
 _START_S = 15.0
 _STOP_S = 10.0
 _GRACE_S = 5
+FIRST_REQUEST_S = 30.0
+"""A connection must have asked for something by then."""
+
+
+class _Patient(H11Protocol):
+    """A connection that has to ask for something soon: uvicorn waits for ever for its first request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as it is called
+        """Give the peer so long."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(FIRST_REQUEST_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Once the head of a request is there, others have deadlines for the rest."""
+        super().data_received(data)
+        if self.cycle is not None:  # None until then
+            self._deadline.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more to wait for."""
+        self._deadline.cancel()
+        super().connection_lost(exc)
 
 
 class WebServer:
@@ -32,6 +57,7 @@ class WebServer:
         config = uvicorn.Config(
             application, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S,
             server_header=False,
+            http=_Patient,
         )  # fmt: skip
         self._renewed = Renewed(tls, acceptor_context) if tls is not None else None
         if self._renewed is not None:

@@ -62,7 +62,7 @@ def system(tmp_path: Path, modality: Modality) -> Iterator[System]:
 
 def ask(system: System, transaction: str, instances: list[tuple[str, str]]) -> bool:
     peer = Destination(name="us", ae_title="CHEST", host="127.0.0.1", port=system.scp)
-    with Requestor(peer, own_ae="SENDER", timeouts=Timeouts(connect_s=5, dimse_s=10)) as scu:
+    with Requestor(peer, own_ae="SENDER", timeouts=Timeouts(connect_s=30, dimse_s=30)) as scu:
         return scu.ask_commitment(transaction, instances, 0.0)
 
 

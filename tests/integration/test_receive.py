@@ -156,7 +156,7 @@ def test_contradicting_sop_class_is_a900(system: System, series: list[Path]) -> 
     data, syntax = split_part10(series[0].read_bytes())
     mr = "1.2.840.10008.5.1.4.1.1.4"
     peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=system.scp)
-    with Requestor(peer, own_ae="SENDER", classes=[(mr, syntax)], timeouts=Timeouts(connect_s=5, dimse_s=10)) as scu:
+    with Requestor(peer, own_ae="SENDER", classes=[(mr, syntax)], timeouts=Timeouts(connect_s=30, dimse_s=30)) as scu:
         assert scu.store(data, sop_class=mr, sop_instance=uid_of(series[0]), syntax=syntax) == 0xA900
         assert scu.store(data[:-10], sop_class=mr, sop_instance="1.2.4", syntax=syntax) == 0xC000
     system.wait_for(lambda: {"sop-class-mismatch", "truncated"} <= set(quarantined(system)), "set aside")

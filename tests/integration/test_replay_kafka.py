@@ -70,6 +70,7 @@ def test_finished_work_has_no_effects_and_live_groups_stay_where_they_are(site: 
     assert read_lag(site.app.checked.config.bus.kafka) == lag  # type: ignore[arg-type]
 
 
+@pytest.mark.timeout(900)  # on a busy machine its handlers take minutes to pass over a hundred thousand events
 def test_a_forced_replay_of_a_hundred_makes_a_hundred_jobs(site: Site) -> None:
     before = set(site.jobs())
     chosen = Selection(studies=StudyFilter(study_uids=tuple(f"1.2.{number}" for number in range(1, FORCED + 1))))

@@ -274,7 +274,7 @@ def test_our_own_client_delivers_to_our_own_server_under_tls(tmp_path: Path) -> 
             name="site", ae_title="", host="", port=0, tls=TlsFiles(trusted=authority.ca),
             web=WebAccess(url=f"https://127.0.0.1:{stow.port}/B", secret=TOKEN),
         )  # fmt: skip
-        with WebPeer(destination, Timeouts(connect_s=5, dimse_s=10)) as peer:
+        with WebPeer(destination, Timeouts(connect_s=30, dimse_s=30)) as peer:
             assert peer.store([instance], store) == {"1.2.3.1": (0, "")}
         assert stow.kept() == {"1.2.3.1": data}
         authority.issue("ours", "127.0.0.1")
@@ -307,6 +307,20 @@ def test_a_study_by_stow_becomes_a_job_in_the_running_system(tmp_path: Path) -> 
         assert len(digests) == len(files)
 
 
+def test_a_connection_that_asks_for_nothing_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bites: leave it to the web server, and silent connections stay until there is no descriptor left."""
+    monkeypatch.setattr("console.web_server.FIRST_REQUEST_S", 0.5)
+    stow = Stow(tmp_path / "gateway")
+    try:
+        for said in (b"", b"POST /B/studies HTTP/1.1\r\nHost: h\r\n"):
+            with socket.create_connection(("127.0.0.1", stow.port), 20) as peer:
+                peer.sendall(said)
+                assert peer.recv(100) == b""
+        assert stow.post(file("1.2.1")).status_code == 200
+    finally:
+        stow.stage.drain()
+
+
 def test_two_clients_may_not_have_one_token(tmp_path: Path) -> None:
     """Bites: take the last that fits, and instances are said to come from somebody else."""
     path = tmp_path / "clarion.yaml"
@@ -330,7 +344,7 @@ def test_what_was_set_aside_can_be_looked_at_and_taken_out(tmp_path: Path) -> No
     broken = data_set("1.2.3")[:-10]
     with running(config) as system:
         peer = Destination(name="c", ae_title="CHEST", host="127.0.0.1", port=system.scp)
-        timeouts = Timeouts(connect_s=5, dimse_s=10)
+        timeouts = Timeouts(connect_s=30, dimse_s=30)
         with Requestor(peer, own_ae="SENDER", classes=[(CT, EXPLICIT)], timeouts=timeouts) as scu:
             assert scu.store(broken, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT) == 0xC000
         system.wait_for(lambda: "truncated" in clarion("quarantine", "list", "-c", config).stdout, "the quarantine")

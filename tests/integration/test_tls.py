@@ -29,7 +29,7 @@ from console.checks import check_config
 from gateway.scu import Requestor, Timeouts
 from gateway.wire import pdu
 
-TIMEOUTS = Timeouts(connect_s=5, dimse_s=10)
+TIMEOUTS = Timeouts(connect_s=30, dimse_s=30)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ class Serving:
 
     def requestor(self, *, calling: str = "A", called: str = "B", sop_class: str = CT) -> Requestor:
         peer = Destination(name="us", ae_title=called, host="127.0.0.1", port=self.port)
-        timeouts = Timeouts(connect_s=5, dimse_s=5)
+        timeouts = Timeouts(connect_s=30, dimse_s=30)
         return Requestor(peer, own_ae=calling, classes=[(sop_class, EXPLICIT)], timeouts=timeouts)
 
     def journalled(self) -> list[tuple[str, dict[str, Any]]]:

@@ -21,6 +21,7 @@ class Tap:
         self.port = int(self._listener.getsockname()[1])
         # Of each connection: what the client said, and what it heard.
         self._seen: list[tuple[bytearray, bytearray]] = []
+        self._sockets: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -28,6 +29,10 @@ class Tap:
 
     def __exit__(self, *_: object) -> None:
         self._listener.close()
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
 
     def seen(self) -> bytes:
         """All bytes that passed, those of the clients first."""
@@ -47,6 +52,7 @@ class Tap:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                 server.settimeout(None)
+                self._sockets += [client, server]
                 self._seen.append((bytearray(), bytearray()))
                 for (one, other), seen in zip(((client, server), (server, client)), self._seen[-1], strict=True):
                     threading.Thread(target=self._forward, args=(one, other, seen), daemon=True).start()

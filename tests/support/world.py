@@ -166,7 +166,7 @@ class Case:
         data, syntax = split_part10(wanted[0].read_bytes())
         ct = "1.2.840.10008.5.1.4.1.1.2"
         with Requestor(
-            peer, own_ae="SENDER", classes=[(ct, syntax)], timeouts=Timeouts(connect_s=5, dimse_s=10)
+            peer, own_ae="SENDER", classes=[(ct, syntax)], timeouts=Timeouts(connect_s=30, dimse_s=30)
         ) as scu:
             for _ in range(min(count, len(wanted))):
                 data, syntax = split_part10(wanted[0].read_bytes())

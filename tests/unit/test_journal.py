@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import threading
@@ -80,6 +81,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def descriptors() -> int:
+    gc.collect()  # what other tests left behind is not ours
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -187,7 +189,7 @@ def test_a_folder_that_cannot_be_synced_once_is_no_obstacle(folder: Path, monkey
                 writer.append("stored", _fields(number))
     writer.append("stored", _fields(4))
     assert numbers(folder) == [100, 4]
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_rotation_keeps_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
