@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -17,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
 from data import CT, EXPLICIT, frames  # noqa: E402
-from send import sink  # noqa: E402
+from send import sinking  # noqa: E402
 from support.delivering import Rig  # noqa: E402
 from support.tap import Tap  # noqa: E402
 
@@ -34,19 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    child = os.fork()
-    if child == 0:
-        sink(server)
     ratios = []
-    for number in range(options.rounds):
-        took = {lanes: _deliver(port, lanes) for lanes in ((1, 4) if number % 2 else (4, 1))}
-        ratios.append(round(took[1] / took[4], 2))
-    print(json.dumps({"P20 four associations : one, 10 ms away": statistics.median(ratios), "all": sorted(ratios)}))
-    print(json.dumps({f"P21 lost of {_SENDS} sends": _lost(port)}))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    with sinking() as port:
+        for number in range(options.rounds):
+            took = {lanes: _deliver(port, lanes) for lanes in ((1, 4) if number % 2 else (4, 1))}
+            ratios.append(round(took[1] / took[4], 2))
+        print(json.dumps({"P20 four associations : one, 10 ms away": statistics.median(ratios), "all": sorted(ratios)}))
+        print(json.dumps({f"P21 lost of {_SENDS} sends": _lost(port)}))
 
 
 def _deliver(port: int, lanes: int) -> float:

@@ -14,7 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
@@ -27,7 +29,24 @@ from clarion.model import Destination  # noqa: E402
 from gateway.scu import Requestor, Timeouts  # noqa: E402
 from gateway.wire import commands, pdu  # noqa: E402
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _COUNTS = {"small": 800, "ct": 300}
+
+
+@contextmanager
+def sinking() -> Iterator[int]:
+    """Run the sink as a process of its own; give its port."""
+    server = socket.create_server(("127.0.0.1", 0))
+    child = os.fork()
+    if child == 0:
+        sink(server)
+    try:
+        yield server.getsockname()[1]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def sink(server: socket.socket) -> None:
@@ -66,13 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    child = os.fork()
-    if child == 0:
-        sink(server)
     found: dict[str, list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
+    with sinking() as port, tempfile.TemporaryDirectory(prefix="clarion-bench-") as root:
         for kind, count in _COUNTS.items():
             paths = write_files(kind, count, 0, Path(root) / kind)
             for number in range(options.rounds):
@@ -80,8 +94,6 @@ def main() -> None:
                 took = {one.__name__: one(port, paths) for one in order}
                 ours, theirs = took["_ours"], took["_storescu"]
                 found.setdefault(kind, []).append((theirs[0] / ours[0], ours[1] / theirs[1]))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
     for kind, ratios in found.items():
         for name, index in (("P18 rate", 0), ("P19 CPU", 1)):
             values = sorted(round(one[index], 2) for one in ratios)

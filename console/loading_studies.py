@@ -53,7 +53,6 @@ class Outcome:
     planned: int = 0
     acknowledged: int = 0
     refused: Counter[int] = field(default_factory=Counter)
-    lost: int = 0
     size_bytes: int = 0
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -156,12 +155,7 @@ class StudyLoad:
             except InvalidInstanceError as error:
                 raise InvalidInstanceError(error.reason, f"{file.path.name} cannot be given new UIDs") from error
         begun = time.monotonic()
-        try:
-            status = requestor.store(data, sop_class=file.sop_class, sop_instance=instance, syntax=syntax)
-        except PeerUnavailableError:
-            with self._lock:
-                self.outcome.lost += 1
-            raise
+        status = requestor.store(data, sop_class=file.sop_class, sop_instance=instance, syntax=syntax)
         seconds = time.monotonic() - begun
         with self._lock:
             self.outcome.latencies.append(seconds)
