@@ -97,6 +97,13 @@ class _Forgetting(dict[TP, int | None]):
         return None
 
 
+async def _leave(app: _App) -> None:
+    """Stop an app, with what it is to commit. Faust lets a commit that is under way stand for the last one."""
+    if app.started:
+        await app.consumer.commit()
+    await app.stop()
+
+
 class FaustConsumer:
     """The part of `kafka.KafkaConsumer` that `KafkaBus` uses. One thread calls it; Faust's loop runs on another.
 
@@ -278,7 +285,7 @@ class FaustConsumer:
             self._starting.cancel()
             self._starting = None
         try:
-            self._call(self._app.stop(), _STOP_S)
+            self._call(_leave(self._app), _STOP_S)
         except KafkaConnectionError as error:
             log.warning("faust.unstopped", group=self._group, reason=str(error))
         self._app = None

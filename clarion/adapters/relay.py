@@ -28,6 +28,16 @@ _ACKNOWLEDGE_S = 10.0
 _DELIVERY_MS = 24 * 3600 * 1000
 
 
+class _Producer(KafkaProducer):
+    """Ends at once when it is closed, with what it has not sent: that is read again, and sent by another.
+
+    Else closing waits for what is under way, raises when that does not come, and leaves a thread that goes on sending.
+    """
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait for nothing: each record is waited for by its own future."""
+
+
 class Relay:
     """Copies the outbox to Kafka, in order per key; one process, one thread.
 
@@ -39,7 +49,7 @@ class Relay:
     def __init__(self, database: Database, config: KafkaConfig) -> None:
         self._database = database
         self._config = config
-        self._producer: KafkaProducer | None = None
+        self._producer: _Producer | None = None
         # What the broker has been given and has not acknowledged: (position, future), in order.
         self._sent: list[tuple[int, Any]] = []
         self._relayed = 0
@@ -136,7 +146,7 @@ class Relay:
 
     def _open(self) -> KafkaProducer:
         if self._producer is None:
-            self._producer = KafkaProducer(
+            self._producer = _Producer(
                 **client_settings(self._config),
                 client_id=f"{self._config.prefix}-relay",
                 acks="all",

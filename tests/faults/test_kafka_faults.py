@@ -166,6 +166,32 @@ def test_answers_lost_after_the_write(tmp_path: Path, monkeypatch: pytest.Monkey
         proxies[0].close()
 
 
+def test_a_relay_that_gives_up_takes_back_what_it_gave(own_broker: Broker, tmp_path: Path) -> None:
+    """Drained while the broker is down: it ends, nothing of it goes on sending, and the next relay sends each once.
+
+    Bites: let closing wait for what is under way: it raises, and its thread sends everything a second time later.
+    """
+    config, database = topics_on(own_broker.address), Database(f"sqlite:///{tmp_path / 'bus.db'}")
+    copying = Relay(database, config)
+    outbox.publish(database, [started("k", 1)])
+    run_until(copying.step, drained(database, copying), "the first event")
+    own_broker.kill()
+    outbox.publish(database, [started("k", number) for number in range(2, 50)])
+    with pytest.raises(BusUnavailableError):
+        copying.step()
+    assert copying.facts()["events_in_flight"] == 48
+    copying.drain()
+    end = time.monotonic() + DEADLINE_S
+    while any(one.name == f"{config.prefix}-relay-network-thread" for one in threading.enumerate()):
+        assert time.monotonic() < end, "what sends goes on"
+        pause(0.1)
+    own_broker.start()
+    following = Relay(database, config)
+    run_until(following.step, drained(database, following), "the rest")
+    following.drain()
+    assert [json.loads(record.value)["sequence"] for record in read_all(config)] == list(range(1, 50))
+
+
 def count_jobs(database: Database) -> int:
     with database.reading() as connection:
         return int(connection.execute(sa.select(sa.func.count()).select_from(jobs)).scalar_one())
