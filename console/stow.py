@@ -20,6 +20,7 @@ from gateway.board import PEER_NUMBERS
 from gateway.intake import OUT_OF_RESOURCES
 from gateway.multipart import MultipartError, parameters_of
 from gateway.uploads import Result, Sender, Upload
+from gateway.wire.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,8 +33,6 @@ log = structlog.get_logger()
 
 MEDIA_TYPE = "application/dicom+json"
 _STALL_S = 30.0
-# A body has to make this much progress within each deadline.
-_PROGRESS_BYTES = 64 * 1024
 _RETRY_AFTER_S = "60"
 _FAILED, _STORED, _OTHER_FAILURES = "00081198", "00081199", "0008119A"
 _REFERENCED_CLASS, _REFERENCED_INSTANCE, _FAILURE_REASON = "00081150", "00081155", "00081197"
@@ -202,17 +201,14 @@ def _boundary_of(request: Request) -> str:
 async def _pieces(request: Request) -> AsyncIterator[bytes]:
     """Give the body as it comes. Raises TimeoutError when it makes no progress, ClientDisconnect."""
     stream = request.stream()
-    begun, progress = time.monotonic(), 0
+    pace = Pace(_STALL_S)
+    pace.begin()
     while True:
         try:
             piece = await asyncio.wait_for(anext(stream), _STALL_S)
         except StopAsyncIteration:
             return
-        progress += len(piece)
-        now = time.monotonic()
-        if progress >= _PROGRESS_BYTES:
-            begun, progress = now, 0
-        elif now - begun > _STALL_S:
+        if pace.is_slow(len(piece)):
             raise TimeoutError
         if piece:
             yield piece

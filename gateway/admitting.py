@@ -16,6 +16,8 @@ from gateway.wire.acceptance import is_storage
 from gateway.wire.pdu import PduError
 
 if TYPE_CHECKING:
+    import contextlib
+
     from clarion.config import ScpConfig
     from gateway.access import AccessList
     from gateway.board import Board
@@ -35,6 +37,10 @@ class Admitting:
         self._access = access
         self._space = space
         self._board = board
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Let nobody else in while it is decided whether somebody is: between `refusal` and the counting."""
+        return self._board.alone()
 
     def malformed(self, request: pdu.Request) -> Rejection | None:
         """Tell what is wrong with a request itself. Raises PduError when it deserves an abort."""

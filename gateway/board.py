@@ -6,14 +6,18 @@ the dead one had.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
+import os
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from gateway.access import REJECTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 MALFORMED, NO_TLS = "malformed-request", "tls"
 CHECKS = (*(one.check for one in REJECTIONS), MALFORMED, NO_TLS)
@@ -24,6 +28,7 @@ _WORKERS_AT = _CHECKS_AT + 24
 _HANDED, _ENDED, _TAKEN, _HELD, _STORED, _REFUSED, _BYTES, _RESTARTS, _READY, _SECURED, _OPENED = range(11)
 _NUMBERS = 11
 _TEXT_BYTES = 512
+_ALONE_S = 1.0
 PEER_NUMBERS = ("associations", "stored", "refused", "bytes")
 _PEER_NUMBERS = len(PEER_NUMBERS)
 _MOST_PEERS = 1000
@@ -41,6 +46,9 @@ class Board:
         peers_at = _WORKERS_AT + MOST_WORKERS * _NUMBERS
         each = len(self._peers) * _PEER_NUMBERS
         numbers = peers_at + workers * each
+        self._decision = os.memfd_create("clarion-admitting")
+        self._deciding = threading.Lock()
+        self._timer = threading.Event()
         self._map = mmap.mmap(-1, numbers * 8 + _TEXT_BYTES)
         view = memoryview(self._map)
         self._numbers = view[: numbers * 8].cast("q")
@@ -49,6 +57,29 @@ class Board:
             Slot(self._numbers, _WORKERS_AT + one * _NUMBERS, Peers(self._numbers, peers_at + one * each, self._peers))
             for one in range(workers)
         )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let nobody else in, whichever process it is, while it is decided in the block whether somebody is.
+
+        Whoever dies in it lets go of it; who does not let go within a second is not waited for.
+        """
+        end = time.monotonic() + _ALONE_S
+        held = self._deciding.acquire(timeout=_ALONE_S)
+        try:
+            while True:
+                try:
+                    fcntl.lockf(self._decision, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > end:
+                        break
+                    self._timer.wait(0.001)
+            yield
+        finally:
+            if held:
+                fcntl.lockf(self._decision, fcntl.LOCK_UN)
+                self._deciding.release()
 
     def slot(self, worker: int) -> Slot:
         """Give the numbers of one worker."""
@@ -140,6 +171,11 @@ class Slot:
         self._add(_HANDED, 1)
 
     @property
+    def secured(self) -> int:
+        """How many of them speak TLS."""
+        return self._get(_SECURED)
+
+    @property
     def opening(self) -> int:
         """How many connections of those handed over still have to show, under TLS, who they are."""
         return max(0, self._get(_SECURED) - self._get(_OPENED))
@@ -156,10 +192,10 @@ class Slot:
         """Count an association that has ended."""
         self._add(_ENDED, 1)
 
-    def begin_anew(self, ended: int) -> None:
-        """A worker takes the place: all that were handed to the one before have ended, and nothing is held."""
+    def begin_anew(self, *, ended: int, opened: int) -> None:
+        """A worker takes the place: so many were handed to the one before and have ended, and nothing is held."""
         self._numbers[self._at + _ENDED] = ended
-        self._numbers[self._at + _OPENED] = self._numbers[self._at + _SECURED]
+        self._numbers[self._at + _OPENED] = opened
         self._numbers[self._at + _TAKEN] = self._numbers[self._at + _HELD] = 0
         self._numbers[self._at + _READY] = 1
 

@@ -9,6 +9,7 @@ crash what is missing is sent, and perhaps a few instances once more.
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -76,7 +77,7 @@ class DeliveryStage:
         self._circuits = Circuits(clock)
         self._room = threading.BoundedSemaphore(config.scu.max_associations)
         timeouts = Timeouts(connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s)
-        self._pool = Pool(partial(self._associate, timeouts))
+        self._pool = Pool(partial(self._associate, timeouts), most=config.scu.max_associations)
         threshold = config.delivery.failure_threshold
         self._by_dimse = Sender(
             store=store,
@@ -128,8 +129,14 @@ class DeliveryStage:
                 self._room.release()
 
         thread = threading.Thread(target=run, name=f"delivery-{name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # No thread is to be had now: it stays due.
+            log.warning("delivery.later", destination=name, reason=str(error))
+            self._room.release()
+            return
         self._busy[name] = thread
-        thread.start()
 
     def _start_answers(self) -> None:
         """Tell the results of storage commitment that are due, a thread for each peer."""
@@ -153,7 +160,9 @@ class DeliveryStage:
         now = self._clock.now()
         return {
             "destinations_busy": sorted(self._busy),
-            "destinations_unreached": self._circuits.open_ones(),
+            "destinations_unreached": {
+                name: str(now + timedelta(seconds=seconds)) for name, seconds in self._circuits.open_ones().items()
+            },
             "destinations_waiting": {
                 one.name: str(opens(one.schedule, now) or "never")
                 for one in self._destinations.values()
@@ -163,8 +172,9 @@ class DeliveryStage:
 
     def drain(self) -> None:
         """Let the associations in progress end."""
+        end = time.monotonic() + _DRAIN_S
         for thread in self._busy.values():
-            thread.join(_DRAIN_S)
+            thread.join(max(0.0, end - time.monotonic()))
         self._pool.close(_RELEASE_S)
         self._bus.close()
 

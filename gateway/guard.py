@@ -110,6 +110,7 @@ class Guard:
         self._queued: list[_Pending] = []
         # Who has associations: per worker, addresses by the number handed over; how often that worker was replaced.
         self._addresses: list[dict[int, str]] = [{} for _ in channels]
+        self._opening: list[dict[int, str]] = [{} for _ in channels]
         self._restarts = [0 for _ in channels]
         self._unready_since = time.monotonic()
         self._held = 0
@@ -157,9 +158,10 @@ class Guard:
         with contextlib.suppress(BlockingIOError):
             while True:
                 told = Told.decode(self._channels[worker].recv(MOST_SAID_BYTES + 8))
+                self._opening[worker].pop(told.number, None)
                 if told.check:
                     self._board.refused(told.check, told.said)
-                else:
+                elif not told.opened:
                     self._addresses[worker].pop(told.number, None)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -188,6 +190,13 @@ class Guard:
             log.warning("connection.cut", reason="too-many-connections", address=oldest.address)
             self._forget(oldest)
 
+    def _cut_largest(self) -> _Pending:
+        """Make room: who has said most without having asked goes first."""
+        largest = max(self._pending, key=lambda one: len(one.data))
+        log.warning("connection.cut", reason="too-many-bytes", address=largest.address)
+        self._forget(largest)
+        return largest
+
     def _sweep(self, now: float) -> None:
         for one in list(self._pending):
             if now - one.since <= self._stall_s:
@@ -213,9 +222,7 @@ class Guard:
         elif not one.closing:
             one.data += data
             self._held += len(data)
-            if self._held > _MAX_PENDING_BYTES:
-                log.warning("connection.cut", reason="too-many-bytes", address=one.address)
-                self._forget(one)
+            if self._held > _MAX_PENDING_BYTES and self._cut_largest() is one:
                 return
             try:
                 if self._wanted(one) == 0:
@@ -247,17 +254,27 @@ class Guard:
             self._queued.append(one)
 
     def _take_queued(self) -> None:
-        """Hand over who speaks TLS, those who came first before the others; who was cut meanwhile is not there."""
+        """Hand over who speaks TLS, of each address in turn; who was cut meanwhile is not there.
+
+        An address that has its half of the places waits, however many others there are: it may be silent in all.
+        """
+        self._queued = [one for one in self._queued if one in self._pending]
         room = _MOST_OPENING - sum(one.opening for one in self._board.slots)
         while self._queued and room > 0:
-            one = self._queued.pop(0)
-            if one not in self._pending:
-                continue
-            crowded = self._has_its_share(one.address)
-            if self._hand_over(one, None, crowded=crowded):
+            opening = self._opening_by_address()
+            one = min(self._queued, key=lambda one: opening[one.address])
+            if opening[one.address] >= _MOST_OPENING // 2:
+                return
+            self._queued.remove(one)
+            if self._hand_over(one, None, crowded=self._has_its_share(one.address)):
                 room -= 1
             else:
                 self._forget(one)
+
+    def _opening_by_address(self) -> Counter[str]:
+        """Count who was handed over under TLS and has not said yet who it is."""
+        self._notice_replaced()
+        return sum((Counter(one.values()) for one in self._opening), Counter[str]())
 
     def _asked(self, one: _Pending, body: bytes) -> None:
         request = pdu.parse_request(body)
@@ -291,9 +308,10 @@ class Guard:
         """Let in or turn away, in the order of the registry specification, 4.1."""
         if isinstance(checked, Admission):
             share = self._has_its_share(one.address)
-            refusal = self._admitting.refusal(request, checked, has_its_share=share)
-            if refusal is None and self._hand_over(one, checked, crowded=share):
-                return
+            with self._admitting.alone():
+                refusal = self._admitting.refusal(request, checked, has_its_share=share)
+                if refusal is None and self._hand_over(one, checked, crowded=share):
+                    return
             checked = refusal or TOO_MANY
         self._reject(one, request, checked)
 
@@ -302,12 +320,16 @@ class Guard:
         most = self._config.max_associations_per_address
         if most is None:
             return False
+        self._notice_replaced()
+        return sum(Counter(held.values())[address] for held in self._addresses) >= most
+
+    def _notice_replaced(self) -> None:
+        """What a dead worker had has ended, and it can no longer say so."""
         for worker, slot in enumerate(self._board.slots):
             if slot.restarts != self._restarts[worker]:
-                # What a dead worker had has ended, and it can no longer say so.
                 self._restarts[worker] = slot.restarts
                 self._addresses[worker].clear()
-        return sum(Counter(held.values())[address] for held in self._addresses) >= most
+                self._opening[worker].clear()
 
     def _hand_over(self, one: _Pending, admission: Admission | None, *, crowded: bool) -> bool:
         """Give a connection to the worker with the fewest; tell whether one took it."""
@@ -318,6 +340,7 @@ class Guard:
             number = slots[at].handed + 1
             handover = Handover(
                 number=number,
+                secured=slots[at].secured,
                 address=one.address,
                 admission=admission,
                 request=bytes(one.data[pdu.HEADER.size :]),
@@ -330,6 +353,7 @@ class Guard:
             slots[at].hand()
             if admission is None:
                 slots[at].hand_secured()
+                self._opening[at][number] = one.address
             self._addresses[at][number] = one.address
             self._forget(one)
             return True

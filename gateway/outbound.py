@@ -155,11 +155,15 @@ class Outbound:
     def commitment_asked(self, delivery_id: str, transaction_uid: str, due: datetime) -> None:
         """Note that the peer agreed to report on a transaction; looked at again at `due`."""
         with effect("commitment.record"), self._database.transaction() as connection:
+            if not _is(connection, delivery_id, SENT):
+                return
             self._change(connection, delivery_id, transaction_uid=transaction_uid, due=due.isoformat())
 
     def look_again(self, delivery_id: str, due: datetime) -> None:
         """Look at the delivery again at `due`."""
         with effect("delivery.look"), self._database.transaction() as connection:
+            if not _is(connection, delivery_id, SENT):
+                return
             self._change(connection, delivery_id, due=due.isoformat())
 
     def commitment(self, transaction_uid: str, peer: str) -> set[str] | None:
@@ -184,6 +188,8 @@ class Outbound:
     def settle_verified(self, delivery: Delivery, *, now: datetime, how: str) -> None:
         """The peer keeps every instance: verified."""
         with effect("delivery.verify"), self._database.transaction() as connection:
+            if not _is(connection, delivery.delivery_id, SENT):
+                return
             event = events.ResultVerified(
                 **next_of_delivery(connection, delivery.delivery_id, now), destination=delivery.destination, how=how
             )
@@ -193,12 +199,16 @@ class Outbound:
     def settle_unverified(self, delivery_id: str, reason: str) -> None:
         """The peer can tell nothing: it stays sent."""
         with effect("delivery.unverified"), self._database.transaction() as connection:
+            if not _is(connection, delivery_id, SENT):
+                return
             self._change(connection, delivery_id, state=UNVERIFIED, reason=reason)
 
     def lost(self, delivery: Delivery, *, missing: set[str], now: datetime, again: datetime | None) -> None:
         """The peer accepted instances and does not have them: exactly those are sent again."""
         here = sa.and_(_items.c.delivery_id == delivery.delivery_id, _items.c.sop_instance_uid.in_(sorted(missing)))
         with effect("delivery.lost"), self._database.transaction() as connection:
+            if not _is(connection, delivery.delivery_id, SENT):
+                return
             connection.execute(_items.update().where(here).values(status=None, note="accepted, then lost"))
             self._change(connection, delivery.delivery_id, transaction_uid=None)
             reason = f"accepted-then-lost: {len(missing)} instances"
@@ -246,8 +256,11 @@ class Outbound:
 
 
 def _is(connection: sa.Connection, delivery_id: str, state: str) -> bool:
-    """Tell whether a delivery is in a state: it may have been superseded while it was being made."""
-    query = sa.select(_table.c.state).where(_table.c.delivery_id == delivery_id)
+    """Tell whether a delivery is still in a state, and keep it there to the end of the transaction.
+
+    Meanwhile it may have been superseded, or taken up by a person or a replay.
+    """
+    query = sa.select(_table.c.state).where(_table.c.delivery_id == delivery_id).with_for_update()
     return bool(connection.execute(query).scalar_one() == state)
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import structlog
 
 from clarion.errors import PeerUnavailableError
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
     Classes = frozenset[tuple[str, str]]
     Open = Callable[[Destination, Classes], Requestor]
+
+log = structlog.get_logger()
 
 IDLE_S = 5.0
 _LOOK_S = 0.5
@@ -42,11 +47,14 @@ class _Idle:
 class Pool:
     """Lends associations. `open_` makes one, for SOP Classes each in a transfer syntax."""
 
-    def __init__(self, open_: Open, *, idle_s: float = IDLE_S) -> None:
+    def __init__(self, open_: Open, *, most: int, idle_s: float = IDLE_S) -> None:
         self._open = open_
+        self._most = most
         self._idle_s = idle_s
         self._lock = threading.Lock()
+        # The one that has been idle for longest is first.
         self._idle: list[_Idle] = []
+        self._used: Counter[str] = Counter()
         self._keeper: threading.Thread | None = None
 
     @contextmanager
@@ -55,11 +63,18 @@ class Pool:
 
         Raises UnreachedError, and PeerRefusedError, when none can be made.
         """
-        lent = Lent(self, destination, classes)
+        with self._lock:
+            self._used[destination.name] += 1
         try:
-            yield lent
-        except BaseException:  # whatever it was, the association is in no state to be used again
-            lent.abort()
+            lent = Lent(self, destination, classes)
+            try:
+                yield lent
+            except BaseException:  # whatever it was, the association is in no state to be used again
+                lent.abort()
+                raise
+        except BaseException:
+            with self._lock:
+                self._used[destination.name] -= 1
             raise
         self._keep(destination.name, classes, lent.requestor)
 
@@ -78,11 +93,25 @@ class Pool:
             found.requestor.abort()
 
     def open(self, destination: Destination, classes: Classes) -> Requestor:
-        """Make a new one. Raises UnreachedError, PeerRefusedError."""
+        """Make a new one, for whom `lend` has counted it. Raises UnreachedError, PeerRefusedError."""
+        for one in self._too_many(destination):
+            one.requestor.release()
         try:
             return self._open(destination, classes)
         except PeerUnavailableError as error:
             raise UnreachedError(str(error)) from error
+
+    def _too_many(self, destination: Destination) -> list[_Idle]:
+        """Take out the idle ones that stand in the way of one more: a peer's own, or any."""
+        with self._lock:
+            ours = [one for one in self._idle if one.name == destination.name]
+            over = self._used[destination.name] + len(ours) - destination.max_associations
+            chosen = ours[: max(0, over)]
+            left = [one for one in self._idle if one not in chosen]
+            over = self._used.total() + len(left) - self._most
+            chosen += left[: max(0, over)]
+            self._idle = [one for one in self._idle if one not in chosen]
+        return chosen
 
     def close(self, seconds: float) -> None:
         """Release all that are idle; those in use are their users' business."""
@@ -92,10 +121,16 @@ class Pool:
 
     def _keep(self, name: str, classes: Classes, requestor: Requestor) -> None:
         with self._lock:
+            self._used[name] -= 1
             self._idle.append(_Idle(name, classes, requestor, time.monotonic()))
             if self._keeper is None or not self._keeper.is_alive():
                 self._keeper = threading.Thread(target=self._look_after, name="association-keeper", daemon=True)
-                self._keeper.start()
+                try:
+                    self._keeper.start()
+                except RuntimeError as error:
+                    # The next one that is kept tries again; until then those that are lent are looked at.
+                    log.warning("pool.unkept", reason=str(error))
+                    self._keeper = None
 
     def _look_after(self) -> None:
         """Hear what idle peers say, and release those whose time is over, until there are none."""
@@ -107,17 +142,27 @@ class Pool:
                     if one not in self._idle:
                         continue  # lent meanwhile
                     self._idle.remove(one)
-                if not one.requestor.is_there():
-                    one.requestor.abort()
-                elif time.monotonic() - one.since >= self._idle_s:
-                    one.requestor.release()
-                else:
+                if self._is_wanted(one):
                     with self._lock:
                         self._idle.append(one)
             with self._lock:
                 if not self._idle:
                     self._keeper = None
                     return
+
+    def _is_wanted(self, one: _Idle) -> bool:
+        """Tell whether an association stays; else it is ended."""
+        try:
+            if not one.requestor.is_there():
+                one.requestor.abort()
+                return False
+            if time.monotonic() - one.since < self._idle_s:
+                return True
+            one.requestor.release()
+        except Exception:  # the boundary to the wire: this association is lost, the others are looked after
+            log.exception("association.failed", destination=one.name)
+            one.requestor.abort()
+        return False
 
 
 class Lent:

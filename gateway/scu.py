@@ -30,12 +30,18 @@ _COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"
 _PLAIN = (EXPLICIT_LE, IMPLICIT_LE)
 _PERMANENT = 0x01
 _SUCCESS = 0x0000
+CLASS_NOT_SUPPORTED = 0x0122
 _UNRECOGNISED_OPERATION = 0x0211
 _PROCESSING_FAILURE = 0x0110
 _PENDING = frozenset((0xFF00, 0xFF01))
 # PS3.8 9.3.2: ids are odd and below 256. Three are for other than storage.
 _MOST_CLASSES = 125
 _SOP_INSTANCE = 0x00080018
+# What a peer says unasked on an idle association has to be whole within so long.
+_UNASKED_S = 1.0
+# The answers to a query may take so many times the deadline of one, and are no more than this.
+_LONGEST_QUERY = 10
+_MOST_FOUND = 100_000
 # PS3.8 9.3.4, as people look for it.
 _SAID = {
     (1, 1, 2): "application context not supported",
@@ -74,6 +80,7 @@ class Requestor:
         self._reported = False
         self.comment = ""
         self._message = 0
+        self._dimse_s = timeouts.dimse_s
         proposed: list[tuple[str, tuple[str, ...]]] = [(one, (syntax,)) for one, syntax in sorted(set(classes))]
         proposed = proposed[:_MOST_CLASSES]
         others = (STORAGE_COMMITMENT,) if reports else (VERIFICATION, STORAGE_COMMITMENT, STUDY_ROOT_FIND)
@@ -124,9 +131,10 @@ class Requestor:
         """Hear what the peer said unasked, and answer it; tell whether the association still stands."""
         try:
             while self._dialogue.waits(0):
-                message = self._dialogue.hear()
-                if not message.field & commands.RESPONSE:
-                    self._serve(message)
+                message = self._dialogue.hear(_UNASKED_S)
+                if message.field & commands.RESPONSE:
+                    return False  # to nothing that was asked
+                self._serve(message)
         except DialogueError:
             return False
         return True
@@ -152,12 +160,16 @@ class Requestor:
         return self._status(answer)
 
     def store(self, data: bytes, *, sop_class: str, sop_instance: str, syntax: str) -> int:
-        """Send a data set as it is; give the status. Raises PeerUnavailableError when the peer does not answer."""
+        """Send a data set as it is; give the status, CLASS_NOT_SUPPORTED also where no context was accepted for it.
+
+        Raises PeerUnavailableError when the peer does not answer.
+        """
         if not data:
             raise InvalidInstanceError("empty-data-set")
         context = self._accepted.get((sop_class, syntax))
         if context is None:
-            raise PeerUnavailableError(f"{self._name}: the peer does not take the class in this transfer syntax")
+            self.comment = "the peer does not take the class in this transfer syntax"
+            return CLASS_NOT_SUPPORTED
         elements = [
             (commands.AFFECTED_CLASS, commands.ui(sop_class)),
             (commands.PRIORITY, commands.u16(commands.MEDIUM)),
@@ -212,9 +224,12 @@ class Requestor:
             syntax,
         )
         found: set[str] = set()
+        end = time.monotonic() + _LONGEST_QUERY * self._dimse_s
         answer = self._ask(context, commands.C_FIND_RQ, elements, query)
         while (status := self._status(answer)) in _PENDING:
             found.add(_instance_in(answer.data, syntax))
+            if len(found) > _MOST_FOUND or time.monotonic() > end:
+                raise PeerUnavailableError(f"{self._name}: the answers to a query do not end")
             answer = self._hear()
         if status != _SUCCESS:
             # A query that failed proves nothing: neither presence nor absence.
@@ -240,7 +255,8 @@ class Requestor:
 
     def _hear(self) -> Message:
         """Hear the response to the last request; requests of the peer are answered meanwhile."""
-        while True:
+        end = time.monotonic() + self._dimse_s
+        while time.monotonic() <= end:
             try:
                 message = self._dialogue.hear()
                 if not message.field & commands.RESPONSE:
@@ -250,6 +266,7 @@ class Requestor:
                 raise PeerUnavailableError(f"{self._name}: {error}") from error
             if commands.number(message.command, commands.RESPONDED_TO) == self._message:
                 return message
+        raise PeerUnavailableError(f"{self._name}: it says other things than the answer")
 
     def _status(self, message: Message) -> int:
         """Give the status of a response; what it says beside it is kept as `comment` (PS3.7 C, Error Comment)."""

@@ -14,6 +14,7 @@ from gateway.access import Rejection
 from gateway.association import LINGER_S, Shared
 from gateway.association_log import REJECTED
 from gateway.board import MALFORMED, NO_TLS
+from gateway.handover import Told
 from gateway.wire import pdu, secure
 from gateway.wire.pdu import PduError
 from gateway.wire.sockets import close_gently
@@ -46,7 +47,7 @@ class Secured:
         admitting: Admitting,
         shared: Shared,
         begin: Callable[[socket.socket, pdu.Request, Admission], Association],
-        rejected: Callable[[str, str], None],
+        tell: Callable[[Told], None],
     ) -> None:
         self._connection = connection
         self._handover = handover
@@ -55,7 +56,8 @@ class Secured:
         self._slot = shared.slot
         self._written = shared.written
         self._begin = begin
-        self._rejected = rejected
+        self._tell = tell
+        self._let = False
         self._association: Association | None = None
         self._stopped = ""
 
@@ -66,11 +68,10 @@ class Secured:
             association = self._open()
         except Exception:  # the boundary to the wire: this peer's connection is lost, nobody else's
             log.exception("association.failed", address=self._handover.address)
-        finally:
-            self._slot.opened()
         if association is None:
+            # Its place is free before it has closed: whoever was turned away must not keep out the next.
+            self._turned_away()
             close_gently(self._connection, LINGER_S)
-            self._slot.end()
             return
         self._association = association
         if self._stopped:
@@ -102,11 +103,27 @@ class Secured:
             log.info("connection.ended", reason="no association was asked for", address=address)
             return None
         if not isinstance(admission, Rejection):
-            admission = self._admitting.refusal(request, admission, has_its_share=self._handover.crowded) or admission
+            admission = self._let_in(request, admission)
         if isinstance(admission, Rejection):
             self._reject(request, admission)
             return None
         return self._begin(self._connection, request, admission)
+
+    def _let_in(self, request: pdu.Request, admission: Admission) -> Admission | Rejection:
+        """Count it as an association, unless there are too many: one at a time, of all who let in."""
+        with self._admitting.alone():
+            refusal = self._admitting.refusal(request, admission, has_its_share=self._handover.crowded)
+            if refusal is None:
+                self._slot.opened()
+                self._let = True
+                self._tell(Told(number=self._handover.number, opened=True))
+        return refusal or admission
+
+    def _turned_away(self) -> None:
+        if not self._let:
+            self._slot.opened()
+        self._slot.end()
+        self._tell(Told(number=self._handover.number))
 
     def _read_request(self) -> bytes:
         """Read an A-ASSOCIATE-RQ and nothing after it. Raises PduError, OSError."""
@@ -132,13 +149,16 @@ class Secured:
         who = {"calling_ae": request.calling, "called_ae": request.called, "address": address}
         log.warning("association.rejected", check=rejection.check, **who)
         self._written.write(REJECTED, check=rejection.check, tls=True, **who)
-        self._rejected(rejection.check, f"{rejection.check}: {request.calling} at {address} to {request.called}")
+        self._say_rejected(rejection.check, f"{rejection.check}: {request.calling} at {address} to {request.called}")
         self._say(pdu.reject(rejection.result, rejection.source, rejection.reason))
 
     def _refuse(self, check: str, reason: str) -> None:
         log.warning("connection.refused", reason=reason, address=self._handover.address)
         self._written.write(REJECTED, check=check, tls=True, reason=reason, address=self._handover.address)
-        self._rejected(check, f"{reason}: {self._handover.address}")
+        self._say_rejected(check, f"{reason}: {self._handover.address}")
+
+    def _say_rejected(self, check: str, said: str) -> None:
+        self._tell(Told(number=self._handover.number, check=check, said=said))
 
     def _say(self, data: bytes) -> None:
         try:

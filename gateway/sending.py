@@ -23,6 +23,7 @@ from clarion.errors import (
     describe,
 )
 from gateway.pool import UnreachedError
+from gateway.scu import CLASS_NOT_SUPPORTED
 from gateway.statuses import NO_ANSWER, UNSENDABLE, Outcome, classify
 from gateway.transcode import FALLBACKS, convert
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_SOP_CLASS_NOT_SUPPORTED = 0x0122
 # An association that joins has to have this much to do, or making it costs more than it brings.
 _EACH = 8
 # A sync for each answer would cost more than sending does; what was not noted at a crash is sent once more.
@@ -121,8 +121,13 @@ class Sender:
                 daemon=True,
                 name=f"delivery-{destination.name}",
             )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.warning("delivery.fewerassociations", destination=destination.name, reason=str(error))
+                self._leave()
+                break
             helpers.append(thread)
-            thread.start()
         return helpers
 
     def _help(self, destination: Destination, delivery_id: str, classes: Classes, work: _Work) -> None:
@@ -164,6 +169,9 @@ class Sender:
                 status = self._say(lent, destination, item, data)
                 if status == NO_ANSWER and lent.renew():
                     status = self._say(lent, destination, item, data)
+        except PeerRefusedError:
+            # Of the association that was to be had anew: it says nothing about the instance.
+            raise
         except PermanentError as error:
             return UNSENDABLE, str(error)
         lent.proven()
@@ -176,7 +184,7 @@ class Sender:
             offered = [one for one in FALLBACKS if _takes(destination, one)]
             target = next((one for one in offered if peer.accepts(instance.sop_class_uid, one)), None)
             if target is None:
-                return _SOP_CLASS_NOT_SUPPORTED
+                return CLASS_NOT_SUPPORTED
             data, syntax = convert(data, syntax, target), target
         try:
             return peer.store(

@@ -81,9 +81,11 @@ class Worker:
 
     def _begin(self) -> None:
         """Count as ended what the process had whose place this one takes; what waits in the channel has not been."""
-        handed = self._slot.handed
+        handed, secured = self._slot.handed, self._slot.secured
         first = self._take()
-        self._slot.begin_anew(handed if first is None else first[0].number - 1)
+        if first is not None:
+            handed, secured = first[0].number - 1, first[0].secured
+        self._slot.begin_anew(ended=handed, opened=secured)
         if first is not None:
             self._start(*first)
 
@@ -138,7 +140,7 @@ class Worker:
             admitting=self._admitting,
             shared=self._shared,
             begin=begin,
-            rejected=lambda check, said: self._tell(Told(number=handover.number, check=check, said=said)),
+            tell=self._tell,
         )
 
     def _association(

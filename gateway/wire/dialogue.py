@@ -1,7 +1,8 @@
 """An association as its requestor sees it, message by message: say a request, hear its response (PS3.7, PS3.8).
 
-One thread uses it. Every wait has a deadline that begins anew with each progress: a peer that goes on taking or giving
-bytes is waited for, one that stops raises DialogueError, as does one that aborts, releases or says what it may not.
+One thread uses it. What is said goes on as long as the peer keeps pace; a message that is heard has to be whole within
+one deadline. A peer that drips or stops raises DialogueError, as does one that aborts, releases or says what it may
+not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,11 +19,12 @@ from gateway.wire.pdu import PduError
 from gateway.wire.sockets import prepare, send_parts, wait, waits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _LONGEST_PDU = 2**20
 # What a response or a report may carry: 10,000 references are 2 MB.
 _LONGEST_DATA_SET = 16 * 2**20
+_RELEASE_S = 5.0
 # So much is handed to the kernel in one call.
 _AT_ONCE = 2**20
 
@@ -68,11 +71,14 @@ class Dialogue:
     ) -> None:
         self._socket = _connect(address, connect_s, tls)
         self._buffer = bytearray()
+        self._patience_s = connect_s
+        self._end = time.monotonic() + connect_s
         try:
             prepare(self._socket, receive_s=connect_s, send_s=connect_s)
             self._send(request)
             self.accepted = self._negotiated()
             prepare(self._socket, receive_s=progress_s, send_s=progress_s)
+            self._patience_s = progress_s
         except BaseException:  # whatever it was, the descriptor is not left open
             self._socket.close()
             raise
@@ -113,7 +119,7 @@ class Dialogue:
 
     def _send_parts(self, parts: Iterable[bytes | memoryview]) -> None:
         try:
-            send_parts(self._socket, parts)
+            send_parts(self._socket, parts, self._patience_s)
         except ssl.SSLError as error:
             raise DialogueError(_ended_tls(error)) from error
         except OSError as error:
@@ -128,8 +134,25 @@ class Dialogue:
         """Tell whether something comes within some seconds."""
         return bool(self._buffer) or waits(self._socket, seconds)
 
-    def hear(self) -> Message:
-        """Hear the next message."""
+    def hear(self, within_s: float | None = None) -> Message:
+        """Hear the next message; the whole of it within the deadline, or a shorter one."""
+        if within_s is None:
+            self._end = time.monotonic() + self._patience_s
+            return self._hear()
+        with self._patient(within_s):
+            return self._hear()
+
+    @contextlib.contextmanager
+    def _patient(self, seconds: float) -> Iterator[None]:
+        """Hear within so long in the block."""
+        self._end = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            wait(self._socket, socket.SO_RCVTIMEO, seconds)
+        yield
+        with contextlib.suppress(OSError):
+            wait(self._socket, socket.SO_RCVTIMEO, self._patience_s)
+
+    def _hear(self) -> Message:
         command, data, context, done = bytearray(), bytearray(), 0, False
         expects_data = False
         while not done:
@@ -177,6 +200,8 @@ class Dialogue:
             if not more:
                 raise DialogueError("the connection was closed")
             self._buffer += more
+            if len(self._buffer) < count and time.monotonic() > self._end:
+                raise DialogueError("what came was not whole before the deadline")
         taken = bytes(self._buffer[:count])
         del self._buffer[:count]
         return taken
@@ -187,8 +212,9 @@ class Dialogue:
         """Release the association, and close; what the peer still says is heard and dropped."""
         try:
             self._send(pdu.RELEASE_REQUEST)
-            while self._read_pdu()[0] not in {pdu.RELEASE_RP, pdu.ABORT}:
-                continue
+            with self._patient(min(self._patience_s, _RELEASE_S)):
+                while self._read_pdu()[0] not in {pdu.RELEASE_RP, pdu.ABORT} and time.monotonic() < self._end:
+                    continue
         except DialogueError:
             return
         finally:

@@ -13,6 +13,8 @@ import ssl
 import struct
 from typing import TYPE_CHECKING
 
+from gateway.wire.pace import Pace
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -61,18 +63,36 @@ def has_timed_out(error: OSError) -> bool:
     return error.errno in {errno.EAGAIN, errno.EWOULDBLOCK} or (error.errno is None and isinstance(error, TimeoutError))
 
 
-def send_parts(connection: socket.socket, parts: Iterable[bytes | memoryview]) -> None:
-    """Send all of it, in as few calls as there can be. Raises OSError."""
+def send_parts(connection: socket.socket, parts: Iterable[bytes | memoryview], stall_s: float) -> None:
+    """Send all of it, in as few calls as there can be, to a peer that keeps pace. Raises OSError."""
+    pace = Pace(stall_s)
+    pace.begin()
     if isinstance(connection, ssl.SSLSocket):
-        connection.sendall(b"".join(parts))
+        _send_tls(connection, memoryview(b"".join(parts)), pace, stall_s)
         return
     rest = [memoryview(one) for one in parts]
     while rest:
         sent = connection.sendmsg(rest)
+        if pace.is_slow(sent):
+            raise TimeoutError
         while rest and sent >= len(rest[0]):
             sent -= len(rest.pop(0))
         if rest and sent:
             rest[0] = rest[0][sent:]
+
+
+def _send_tls(connection: ssl.SSLSocket, rest: memoryview, pace: Pace, stall_s: float) -> None:
+    # The deadline of this socket is that of reading, which may be one of looking only.
+    reading_s = connection.gettimeout()
+    connection.settimeout(stall_s)
+    try:
+        while rest:
+            sent = connection.send(rest)
+            rest = rest[sent:]
+            if pace.is_slow(sent):
+                raise TimeoutError
+    finally:
+        connection.settimeout(reading_s)
 
 
 def look_s(connection: socket.socket, seconds: float) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gateway.wire import pdu
 from gateway.wire.commands import MAX_COMMAND_BYTES
+from gateway.wire.pace import Pace
 from gateway.wire.pdu import PduError
 from gateway.wire.sockets import has_timed_out
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 128 * 1024
 # Peers that count the headers of PDV and PDU otherwise are borne.
 _TOLERANCE = 12
-# An unfinished PDU or message has to make this much progress within each deadline.
-_PROGRESS_BYTES = 64 * 1024
 _OTHER_PDU = 4
 
 
@@ -85,9 +84,8 @@ class Stream:
         self._command = bytearray()
         self._command_context = 0
         self._data_context = 0
-        # Since when an unfinished PDU makes no progress, and how much came since.
-        self._begun = 0.0
-        self._progress = 0
+        # Of what is unfinished.
+        self._pace = Pace(deadlines.stall_s)
 
     def run(self) -> str:
         """Read until the association ends: `released`, `aborted` or `connection lost`.
@@ -128,7 +126,7 @@ class Stream:
         self._start += pdu.HEADER.size
         self._pdu_left = length
         if not self._data_context and not self._command_context:
-            self._begun = 0.0
+            self._pace.end()
 
     def _check_other(self, kind: int, length: int) -> int:
         """Check a PDU that carries no data; gives its length. Only the end of the association may come here."""
@@ -204,21 +202,13 @@ class Stream:
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
         unfinished = self._pdu_left or self._inside or self._end or self._data_context or self._command_context
-        if unfinished and not self._begun:
-            self._begun, self._progress = time.monotonic(), 0
+        if unfinished:
+            self._pace.begin()
         count = self._receive(self._deadlines.stall_s if unfinished else self._deadlines.idle_s)
         self._end += count
-        if unfinished:
-            self._note_progress(count)
-        return count > 0
-
-    def _note_progress(self, count: int) -> None:
-        self._progress += count
-        now = time.monotonic()
-        if self._progress >= _PROGRESS_BYTES:
-            self._begun, self._progress = now, 0
-        elif now - self._begun > self._deadlines.stall_s:
+        if unfinished and self._pace.is_slow(count):
             raise StalledError("stalled")
+        return count > 0
 
     def _receive(self, patience_s: float) -> int:
         since = time.monotonic()
