@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import sqlalchemy as sa
+from pydicom import Dataset
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from support.delivering import Rig, peer
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
+    StudyRootQueryRetrieveInformationModelFind,
+)
+from support.delivering import EXPLICIT, Rig, peer
+from support.scp import CT
 from support.world import free_port, pause
 
+from clarion.adapters.memory import MemoryStore
+from clarion.errors import PeerRefusedError, PeerUnavailableError
+from clarion.model import Destination
 from gateway import tables
+from gateway.pool import Pool
+from gateway.scu import Requestor, Timeouts
+from gateway.sending import Sender
 from gateway.statuses import Outcome, classify
+from gateway.wire import pdu
 
 DELIVERIES = 10
 # PS3.7 annex C and PS3.4 B.2.3: success, warnings, and each failure that a C-STORE may be answered with.
@@ -134,3 +155,176 @@ def test_a_peer_that_aborts_midway_gets_only_the_rest(tmp_path: Path) -> None:
         assert rig.settle().state == "verified"
         assert rig.row().attempts == 2
     assert pacs.stored == {f"1.2.3.{number}": 2 if number == 3 else 1 for number in range(7)}
+
+
+# Peers that drip ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def dripping(after: bytes) -> Iterator[int]:
+    """Say `after` to whoever connects, then a byte now and then, for ever; gives the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(after)
+                while not ended.wait(0.05):
+                    connection.sendall(b"\0")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        ended.set()
+        listener.close()
+        thread.join(10)
+
+
+def accepted() -> bytes:
+    """An association that takes CT on the first context, and the head of a PDU of a mebibyte."""
+    request = pdu.parse_request(pdu.request("PACS", "US", [CONTEXT])[pdu.HEADER.size :])
+    return pdu.accept(request, [(1, 0, EXPLICIT)], max_length=16384) + pdu.HEADER.pack(pdu.P_DATA, 2**20)
+
+
+CONTEXT = pdu.Context(id=1, abstract_syntax=CT, transfer_syntaxes=(EXPLICIT,))
+
+
+@pytest.mark.parametrize(
+    "after", [pdu.HEADER.pack(pdu.ASSOCIATE_AC, 1000), accepted()], ids=["its acceptance", "its answer"]
+)
+def test_a_peer_that_drips_is_given_up(after: bytes) -> None:
+    """Bites: begin the deadline anew with each byte, and the thread of the delivery stays for ever."""
+    failed = []
+
+    def send(port: int) -> None:
+        timeouts = Timeouts(connect_s=0.5, dimse_s=0.5)
+        try:
+            with Requestor(
+                Destination(name="c", ae_title="C", host="127.0.0.1", port=port),
+                own_ae="US",
+                classes=[(CT, EXPLICIT)],
+                timeouts=timeouts,
+            ) as scu:
+                scu.store(b"12345678", sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT)
+        except PeerUnavailableError as error:
+            failed.append(str(error))
+
+    with dripping(after) as port:
+        thread = threading.Thread(target=send, args=(port,), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(failed) == 1
+    assert "not whole before the deadline" in failed[0]
+
+
+def test_an_endless_query_is_given_up() -> None:
+    """Bites: believe that a pending answer is followed by a last one."""
+
+    def find(_: evt.Event) -> Iterator[tuple[int, Dataset]]:
+        for number in itertools.count():
+            found = Dataset()
+            found.SOPInstanceUID = f"1.2.{number % 10}"
+            yield 0xFF00, found
+
+    ae = AE("C")
+    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, find)])
+    assert server is not None
+    peer = Destination(name="c", ae_title="C", host="127.0.0.1", port=server.server_address[1])
+    try:
+        with Requestor(peer, own_ae="US", timeouts=Timeouts(connect_s=5, dimse_s=0.2)) as scu:
+            with pytest.raises(PeerUnavailableError, match="do not end"):
+                scu.find("1.2", "1.2.3")
+            scu.abort()
+    finally:
+        server.shutdown()
+
+
+# What one thread settles and another has taken up ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settle", ["verified", "unverified", "lost", "asked", "looked"])
+def test_what_was_taken_up_meanwhile_is_not_settled_as_it_was(settle: str, tmp_path: Path) -> None:
+    """A person takes a delivery up while its proof is on the way: it is sent again, whatever the proof says.
+
+    Bites: write the state without looking, and the replay that was ordered never happens.
+    """
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port, verify=False)
+        rig.request()
+        rig.settle()
+        rig.outbound.retry(["d"], rig.clock.now())
+        before, kinds = rig.row(), rig.kinds()
+        delivery, now = rig.outbound.due(rig.clock.now())[0], rig.clock.now()
+        if settle == "verified":
+            rig.outbound.settle_verified(delivery, now=now, how="query")
+        elif settle == "unverified":
+            rig.outbound.settle_unverified("d", "no proof")
+        elif settle == "lost":
+            rig.outbound.lost(delivery, missing={"1.2.3.0"}, now=now, again=None)
+        elif settle == "asked":
+            rig.outbound.commitment_asked("d", "1.2.3", now)
+        else:
+            rig.outbound.look_again("d", now + timedelta(days=1))
+        assert (rig.row(), rig.kinds()) == (before, kinds)
+
+
+def test_a_peer_that_refuses_the_association_anew_says_nothing_about_the_instance() -> None:
+    """Bites: take any error for good for one of the instance, and it is never sent, though only the peer was busy."""
+
+    class Gone:
+        requestor = SimpleNamespace(accepts=lambda *_: True, store=_unavailable)
+
+        def renew(self) -> bool:
+            raise PeerRefusedError("c: association rejected")
+
+    store = MemoryStore()
+    ref = store.put(b"12345678")
+    instance = SimpleNamespace(object=ref, sop_class_uid=CT, transfer_syntax_uid=EXPLICIT, sop_instance_uid="1.2.3")
+    sender = Sender(
+        store=store,
+        outbound=None,  # type: ignore[arg-type]  # nothing is noted
+        pool=None,  # type: ignore[arg-type]  # nothing is lent
+        threshold=1,
+        join=lambda: False,
+        leave=lambda: None,
+    )
+    with pytest.raises(PeerRefusedError):
+        sender._send_one(Gone(), None, SimpleNamespace(instance=instance))  # type: ignore[arg-type]  # as much as it asks
+
+
+def _unavailable(*_: object, **__: object) -> int:
+    raise PeerUnavailableError("gone")
+
+
+def test_idle_associations_count_towards_what_a_peer_takes() -> None:
+    """Bites: look for one that will do and open another beside it: a peer of two has three."""
+    open_now, most = [], 0
+
+    class Fake:
+        def __init__(self) -> None:
+            nonlocal most
+            open_now.append(self)
+            most = max(most, len(open_now))
+
+        def is_there(self) -> bool:
+            return True
+
+        def release(self) -> None:
+            open_now.remove(self)
+
+        abort = release
+
+    pool = Pool(lambda _destination, _classes: Fake(), most=3, idle_s=60)  # type: ignore[arg-type,return-value]
+    for name in ("one", "two"):
+        place = Destination(name=name, ae_title="C", host="127.0.0.1", port=1, max_associations=2)
+        for number in range(6):
+            with pool.lend(place, frozenset({(f"1.{number}", EXPLICIT)})):
+                pass
+        assert most == 2 if name == "one" else most == 3

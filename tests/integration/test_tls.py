@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -366,3 +367,74 @@ def test_faults_of_the_files_are_found_before_anything_starts(
         with pytest.raises(ConfigError, match=said) as caught:
             check_config(path)
         assert "gateway.scp.tls" in str(caught.value)
+
+
+def test_who_was_turned_away_takes_nobodys_place(
+    at: Serving, tls: dict[str, object], authority: Authority, theirs: Pair
+) -> None:
+    """Forty are rejected and do not close. Bites: count them until they have, and both ports are full for seconds."""
+    held = []
+    try:
+        for _ in range(40):
+            peer = Spoken(port_of(tls), authority, theirs)
+            held.append(peer)
+            peer.say(pdu.request("X", "A", CONTEXTS))
+            assert peer.hear()[0] == pdu.ASSOCIATE_RJ
+        assert at.board.associations == 0
+        with Spoken(port_of(tls), authority, theirs) as peer:
+            assert peer.associate().echo() == 0
+        with Raw(at.port) as plain:
+            assert plain.associate().echo() == 0
+    finally:
+        for peer in held:
+            peer.socket.close()
+
+
+def test_the_limit_holds_however_many_ask_at_once(
+    tmp_path: Path, tls: dict[str, object], authority: Authority, theirs: Pair
+) -> None:
+    """Sixteen at the same moment, five are let in. Bites: look and count apart, and several see the last free place."""
+    together, answers = threading.Barrier(16, timeout=30), []
+    done = threading.Event()
+
+    def ask() -> None:
+        with Spoken(port_of(tls), authority, theirs) as peer:
+            together.wait()
+            peer.say(pdu.request("B", "A", CONTEXTS))
+            answers.append(peer.hear()[0])
+            done.wait(30)
+
+    with serving(tmp_path / "gateway", workers=2, scp={"tls": tls, "max_associations": 5}) as at:
+        threads = [threading.Thread(target=ask) for _ in range(16)]
+        for one in threads:
+            one.start()
+        for _ in range(3000):
+            if len(answers) == 16:
+                break
+            pause(0.01)
+        assert at.board.associations == 5
+        done.set()
+        for one in threads:
+            one.join(30)
+    assert sorted(answers) == [pdu.ASSOCIATE_AC] * 5 + [pdu.ASSOCIATE_RJ] * 11
+
+
+def test_an_address_that_greets_by_halves_leaves_others_their_places(
+    at: Serving, tls: dict[str, object], authority: Authority, theirs: Pair
+) -> None:
+    """A hundred of one address before an honest one of another. Bites: take them in the order in which they came."""
+    held = [socket.create_connection(("127.0.0.1", port_of(tls)), source_address=("127.0.0.2", 0)) for _ in range(100)]
+    try:
+        for one in held:
+            one.sendall(b"\x16\x03\x01\x02\x00")
+        for _ in range(500):
+            if sum(one.opening for one in at.board.slots) == 32:
+                break
+            pause(0.01)
+        assert sum(one.opening for one in at.board.slots) == 32
+        with Spoken(port_of(tls), authority, theirs) as peer:
+            assert peer.associate().echo() == 0
+        assert sum(one.opening for one in at.board.slots) == 32, "it did not wait for their deadline"
+    finally:
+        for one in held:
+            one.close()
