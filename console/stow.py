@@ -19,7 +19,7 @@ from gateway.association_log import ENDED, REJECTED
 from gateway.board import PEER_NUMBERS
 from gateway.intake import OUT_OF_RESOURCES
 from gateway.multipart import MultipartError, parameters_of
-from gateway.uploads import Result, Sender, Upload
+from gateway.uploads import Client, Result, Upload
 from gateway.wire.pace import Pace
 
 if TYPE_CHECKING:
@@ -97,16 +97,16 @@ class Stow:
         if not self._intake.space.available():
             self._reject("disk-space", request, calling_ae=client.ae_title, called_ae=called)
             raise HTTPException(503, "disk space low", {"Retry-After": _RETRY_AFTER_S})
-        sender = Sender(calling_ae=client.ae_title, called_ae=called, study_uid=study)
+        sender = Client(calling_ae=client.ae_title, called_ae=called, study_uid=study)
         self._open += 1
         try:
             return await self._receive(request, boundary, sender)
         finally:
             self._open -= 1
 
-    async def _receive(self, request: Request, boundary: str, sender: Sender) -> Response:
+    async def _receive(self, request: Request, boundary: str, sender: Client) -> Response:
         try:
-            upload = Upload(boundary, sender, self._intake, max_bytes=int(self._config.scp.max_instance_gb * 1e9))
+            upload = Upload(boundary, sender, self._intake, self._config.scp)
         except MultipartError as error:
             raise HTTPException(400, str(error)) from error
         log.info("association.requested", association=upload.id, calling_ae=sender.calling_ae,
@@ -132,7 +132,7 @@ class Stow:
             self._note_ended(request, upload, sender, reason or "released", begun)
         return self._respond(results)
 
-    def _note_ended(self, request: Request, upload: Upload, sender: Sender, reason: str, begun: float) -> None:
+    def _note_ended(self, request: Request, upload: Upload, sender: Client, reason: str, begun: float) -> None:
         log.info("association.ended", association=upload.id, reason=reason)
         stored = sum(one.stored for one in upload.results)
         refused = Counter(f"0x{one.answer.status:04X}" for one in upload.results if not one.stored)

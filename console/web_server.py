@@ -11,10 +11,11 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clarion.errors import ResourceBusyError
-from gateway.wire.secure import Renewed, acceptor_context, take_over
+from gateway.wire.secure import Renewed, acceptor_context
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
     from fastapi import FastAPI
 
@@ -62,7 +63,9 @@ class WebServer:
         self._renewed = Renewed(tls, acceptor_context) if tls is not None else None
         if self._renewed is not None:
             config.load()
-            config.ssl = self._shown = self._seen = self._renewed.context()
+            listening = acceptor_context(self._renewed.files)
+            listening.sni_callback = self._take_present
+            config.ssl = listening
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="web", daemon=True)
         self._thread.start()
@@ -73,16 +76,14 @@ class WebServer:
             time.sleep(0.02)
 
     def look(self) -> None:
-        """See that it still serves, and show a certificate that was renewed. Raises ResourceBusyError."""
+        """See that it still serves. Raises ResourceBusyError."""
         if not self._thread.is_alive():
             raise ResourceBusyError(f"{self._name}: the web server has ended")
-        if self._renewed is None:
-            return
-        context = self._renewed.context()
-        if context is not self._seen:
-            # The new files are good; what the server listens with stays, and takes them over.
-            self._seen = context
-            take_over(self._shown, self._renewed.files)
+
+    def _take_present(self, connection: ssl.SSLObject, _name: str | None, _listening: ssl.SSLContext) -> None:
+        """Let a connection that begins show, and believe, what the files have now."""
+        if self._renewed is not None:
+            connection.context = self._renewed.context()
 
     def stop(self) -> None:
         """Let open requests end, for a while."""

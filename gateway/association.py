@@ -21,7 +21,7 @@ from gateway.association_log import ENDED
 from gateway.commitments import MAX_DATA_SET_BYTES, read_report, read_request
 from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
 from gateway.wire import commands, pdu
-from gateway.wire.acceptance import STANDARD_ROOT, STORAGE_COMMITMENT, is_storage, negotiate
+from gateway.wire.acceptance import STORAGE_COMMITMENT, is_storage, negotiate, refusal_of
 from gateway.wire.commands import number, uid
 from gateway.wire.pdu import PduError
 from gateway.wire.sockets import close_gently, look_s, prepare, stop_reading
@@ -336,11 +336,11 @@ class Association:
             return Discarded(Answer(status=CANNOT_UNDERSTAND, comment="the request names no SOP Class or Instance"))
         if not self._admission.may_store:
             return self._refused(_NOT_AUTHORISED, "not a source of instances")
-        if not is_storage(self._abstract_syntax) or not is_storage(sop_class_uid):
-            return self._refused(_CLASS_NOT_SUPPORTED, "not a Storage SOP Class, or not on a context of one")
-        private = not sop_class_uid.startswith(STANDARD_ROOT)
-        if private and not self._config.accept_private_sop_classes:
-            return self._refused(_CLASS_NOT_SUPPORTED, "private SOP Classes are not accepted")
+        if not is_storage(self._abstract_syntax):
+            return self._refused(_CLASS_NOT_SUPPORTED, "not on a context of a Storage SOP Class")
+        refusal = refusal_of(sop_class_uid, accepts_private=self._config.accept_private_sop_classes)
+        if refusal:
+            return self._refused(_CLASS_NOT_SUPPORTED, refusal)
         return self._intake.begin(
             Arrival(
                 sop_class_uid=sop_class_uid,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from email.message import Message
+from email.utils import collapse_rfc2231_value
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def parameters_of(content_type: str) -> tuple[str, dict[str, str]]:
     message = Message()
     message["Content-Type"] = content_type
     pairs = message.get_params(failobj=[])
-    return (pairs[0][0].lower() if pairs else ""), {name.lower(): value for name, value in pairs[1:]}
+    # A value may come in a character set of its own (RFC 2231): then it has three parts.
+    return (pairs[0][0].lower() if pairs else ""), {
+        name.lower(): collapse_rfc2231_value(value) for name, value in pairs[1:]
+    }
 
 
 class Multipart:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from clarion.adapters.objects import segment_path
 from clarion.digests import agrees
-from clarion.errors import MissingObjectError
+from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
 from gateway import journal, tables
 
@@ -51,23 +51,53 @@ def referred(database: Database) -> Iterator[Referred]:
     instances, quarantine, revisions = tables.instances.c, tables.quarantine.c, tables.revisions.c
     results = tables.delivery_instances.c
     no_study = sa.literal("").label("study_uid")
-    sources: tuple[tuple[str, sa.Select[Any]], ...] = (
-        ("instance", sa.select(instances.sop_instance_uid, instances.study_uid, instances.object)),
+    sources: tuple[tuple[str, sa.Select[Any], tuple[sa.ColumnElement[Any], ...]], ...] = (
+        (
+            "instance",
+            sa.select(instances.sop_instance_uid, instances.study_uid, instances.object),
+            (instances.sop_instance_uid, instances.digest),
+        ),
         (
             "quarantined",
             sa.select(quarantine.sop_instance_uid, quarantine.study_uid, quarantine.object).where(
                 quarantine.object.is_not(sa.null())
             ),
+            (quarantine.quarantine_id,),
         ),
-        ("manifest", sa.select(revisions.group_id, no_study, revisions.manifest)),
-        ("result", sa.select(results.sop_instance_uid, no_study, results.described)),
+        (
+            "manifest",
+            sa.select(revisions.group_id, no_study, revisions.manifest),
+            (revisions.group_id, revisions.revision),
+        ),
+        (
+            "result",
+            sa.select(results.sop_instance_uid, no_study, results.described),
+            (results.delivery_id, results.sop_instance_uid),
+        ),
     )
-    for what, query in sources:
+    for what, query, key in sources:
+        for name, study_uid, described in _pages(database, query, key):
+            found = described.get("object", described) if what == "result" else described
+            if found:
+                yield Referred(what=what, name=name, study_uid=study_uid, ref=ObjectRef(**found))
+
+
+def _pages(
+    database: Database, query: sa.Select[Any], key: tuple[sa.ColumnElement[Any], ...]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Give the rows in order of their key, a page at a time: a long read would keep the database from tidying up."""
+    last: tuple[Any, ...] | None = None
+    while True:
+        page = query.add_columns(*(one.label(f"key_{at}") for at, one in enumerate(key))).order_by(*key).limit(_ROWS)
+        if last is not None:
+            page = page.where(sa.tuple_(*key) > last)
         with database.reading() as connection:
-            for name, study_uid, described in connection.execution_options(yield_per=_ROWS).execute(query):
-                found = described.get("object", described) if what == "result" else described
-                if found:
-                    yield Referred(what=what, name=name, study_uid=study_uid, ref=ObjectRef(**found))
+            rows = connection.execute(page).all()
+        for row in rows:
+            yield row[0], row[1], row[2]
+        if len(rows) < _ROWS:
+            return
+        last = tuple(rows[-1][3:])
 
 
 def count_referred(database: Database) -> int:
@@ -82,12 +112,12 @@ def count_referred(database: Database) -> int:
 def scrub(
     objects: Iterable[Referred], store: ObjectStore, progress: Callable[[], None] = lambda: None
 ) -> list[Damaged]:
-    """Read objects and give those that are damaged. Raises StoreUnavailableError when the disk cannot be read."""
+    """Read objects and give those that are damaged, or that the disk cannot read."""
     found = []
     for one in objects:
         try:
             store.read(one.ref)
-        except MissingObjectError as error:
+        except (MissingObjectError, StoreUnavailableError) as error:
             found.append(Damaged(object=one, reason=str(error)))
         progress()
     return found
@@ -109,8 +139,12 @@ def _repair_from(folder: Path, number: int, wanted: set[str], store: ObjectStore
     found: set[str] = set()
     if not wanted:
         return found
-    size = segment_path(folder, number).stat().st_size
-    with journal.SegmentFile(folder, number) as file:
+    try:
+        size = segment_path(folder, number).stat().st_size
+        file = journal.SegmentFile(folder, number)
+    except FileNotFoundError:
+        return found  # freed meanwhile: what is wanted of it has been put under its digest
+    with file:
         for entry in file.whole(0, size):
             digest = entry.fields["object"]["digest"] if entry.head else ""
             if digest in wanted - found:

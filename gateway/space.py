@@ -99,6 +99,8 @@ class Space:
         """Count `size` bytes as used for the block; gives whether there is room for them."""
         with self._lock:
             room = self.available(size)
+            if room:
+                self._short_since = 0.0
             self._held.add(size)
         try:
             yield room

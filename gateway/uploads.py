@@ -18,11 +18,12 @@ from clarion.errors import InvalidInstanceError
 from clarion.model import is_uid
 from gateway.intake import CANNOT_UNDERSTAND, SUCCESS, Answer, Arrival
 from gateway.multipart import Multipart, MultipartError, parameters_of
-from gateway.wire.acceptance import is_storage
+from gateway.wire.acceptance import refusal_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from clarion.config import ScpConfig
     from gateway.intake import Intake, Reception
 
 log = structlog.get_logger()
@@ -51,7 +52,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sender:
+class Client:
     """Who sends, and to whom: as on an association. With a `study_uid` every instance has to be of that study."""
 
     calling_ae: str
@@ -62,11 +63,12 @@ class Sender:
 class Upload:
     """One request. `feed` it, then `finish` it, or `abandon` it; MultipartError ends it."""
 
-    def __init__(self, boundary: str, sender: Sender, intake: Intake, *, max_bytes: int) -> None:
+    def __init__(self, boundary: str, sender: Client, intake: Intake, config: ScpConfig) -> None:
         self.id = uuid.uuid4().hex
         self._sender = sender
         self._intake = intake
-        self._max_bytes = max_bytes
+        self._config = config
+        self._max_bytes = int(config.max_instance_gb * 1e9)
         self._body = Multipart(boundary, self)
         self.results: list[Result] = []
         self.size = 0
@@ -171,8 +173,9 @@ class Upload:
             association=self.id,
             study_uid=self._sender.study_uid,
         )
-        if not is_storage(sop_class):
-            self._refuse(_CLASS_NOT_SUPPORTED, "not a Storage SOP Class")
+        refusal = refusal_of(sop_class, accepts_private=self._config.accept_private_sop_classes)
+        if refusal:
+            self._refuse(_CLASS_NOT_SUPPORTED, refusal)
             return
         self._reception = self._intake.begin(self._arrival)
         self._write(memoryview(bytes(self._head[end:])))

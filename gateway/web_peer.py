@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
@@ -32,6 +33,11 @@ _MOST_PAGES = 100
 _UNAUTHORISED = frozenset((401, 403))
 _AGAIN = frozenset((408, 425, 429))
 _PER_INSTANCE = frozenset((200, 202, 409))
+# What is wrong is the place, and not an instance.
+_NOT_A_SERVICE = frozenset((404, 405, 406, 410, 415, 426))
+# A body may take so long for each of its bytes; an answer the deadline, twice.
+_SLOWEST_BYTES_S = 2048
+_PIECE_BYTES = 256 * 1024
 
 
 class WebPeer:
@@ -42,6 +48,7 @@ class WebPeer:
             raise ValueError(f"{destination.name} is no DICOMweb service")
         access = destination.web
         self._name = destination.name
+        self._patience_s = timeouts.connect_s + 2 * timeouts.dimse_s
         self._url = access.url
         headers = {"Authorization": f"Bearer {access.secret}"} if access.secret and access.user is None else {}
         self._client = httpx.Client(
@@ -75,10 +82,14 @@ class WebPeer:
             "Content-Length": str(size),
             "Accept": _JSON,
         }
-        status, body = self._ask("POST", "/studies", headers, _body(instances, store, boundary))
+        status, body = self._ask("POST", "/studies", headers, _body(instances, store, boundary), size=size)
+        if status in _NOT_A_SERVICE or httpx.codes.is_redirect(status):
+            raise PeerRefusedError(f"{self._name}: HTTP {status}; does {self._url} take STOW-RS?")
+        if status not in _PER_INSTANCE and len(instances) > 1:
+            # Of too many bytes, or for the sake of one of them: each for itself tells.
+            return {uid: answer for one in instances for uid, answer in self.store([one], store).items()}
         if status not in _PER_INSTANCE:
-            said = f"HTTP {status}"
-            return {one.sop_instance_uid: (UNSENDABLE, said) for one in instances}
+            return {one.sop_instance_uid: (UNSENDABLE, f"HTTP {status}") for one in instances}
         answer = body if isinstance(body, dict) else {}
         stored, failed = _by_instance(answer, _STORED, _WARNING_REASON), _by_instance(answer, _FAILED, _FAILURE_REASON)
         # 200 says that everything is stored, also where the answer lists nothing.
@@ -112,9 +123,15 @@ class WebPeer:
             raise PeerRefusedError(f"{self._name}: a query is answered HTTP {status}; is {self._url} its root?")
 
     def _ask(
-        self, method: str, path: str, headers: dict[str, str], content: Iterator[bytes] | None = None
+        self, method: str, path: str, headers: dict[str, str], content: Iterator[bytes] | None = None, size: int = 0
     ) -> tuple[int, Any]:
-        """Give the status and the JSON body of an answer; None for another body."""
+        """Give the status and the JSON body of an answer; None for another body.
+
+        The deadlines of httpx are of each read and write: a service that drips is cut off at one for the whole.
+        """
+        cut_off = threading.Timer(self._patience_s + size / _SLOWEST_BYTES_S, self._client.close)
+        cut_off.daemon = True
+        cut_off.start()
         try:
             with self._client.stream(method, self._url + path, headers=headers, content=content) as answer:
                 body = bytearray()
@@ -126,6 +143,8 @@ class WebPeer:
             raise PeerUnavailableError(f"{self._name}: {self._url} does not answer") from error
         except httpx.HTTPError as error:
             raise PeerUnavailableError(f"{self._name}: {self._url} cannot be reached ({error})") from error
+        finally:
+            cut_off.cancel()
         if answer.status_code in _UNAUTHORISED:
             raise PeerRefusedError(f"{self._name}: HTTP {answer.status_code}; is the user or token right?")
         if answer.status_code in _AGAIN or answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
@@ -142,7 +161,10 @@ def _json_of(body: bytes) -> Any:  # noqa: ANN401  whatever the peer says
 
 def _body(instances: Sequence[ResultInstance], store: ObjectStore, boundary: str) -> Iterator[bytes]:
     for one in instances:
-        yield from _part(one, store.read(one.object), boundary)
+        # In pieces: what the connection has not taken yet is copied with each of its writes.
+        for part in _part(one, store.read(one.object), boundary):
+            for at in range(0, len(part), _PIECE_BYTES):
+                yield part[at : at + _PIECE_BYTES]
     yield _end(boundary)
 
 

@@ -65,13 +65,13 @@ class FileStore:
         digest = digest_of(data)
         ref = ObjectRef(location=f"file:{file_name(digest)}", digest=digest, size_bytes=len(data))
         place = self._path(digest)
-        try:
-            if place.exists() and place.read_bytes() == data:
-                # Whoever put it in place may not have come to syncing the folder.
+        if self._is_there(place, data):
+            # Whoever put it in place may not have come to syncing the folder.
+            try:
                 sync_folder(place.parent)
-                return ref
-        except OSError as error:
-            raise unavailable(error) from error
+            except OSError as error:
+                raise unavailable(error) from error
+            return ref
         incoming = self.receive()
         try:
             incoming.write(data)
@@ -79,17 +79,30 @@ class FileStore:
         finally:
             incoming.abandon()
 
+    def _is_there(self, place: Path, data: bytes) -> bool:
+        """Tell whether a file has the data; one that the disk cannot read is replaced."""
+        try:
+            return place.read_bytes() == data
+        except OSError:
+            return False
+
     def receive(self) -> IncomingFile:
         """Begin an object that is written piece by piece. Raises StoreUnavailableError."""
         return IncomingFile(self._incoming / uuid.uuid4().hex, self._path)
 
     def read(self, ref: ObjectRef) -> bytes:
         """Give an object's bytes, compared with their digest."""
+        data, broken = None, None
         try:
             data = self._read_segment(ref)
+        except OSError as error:
+            broken = error  # there may be a second copy
+        try:
             if data is None or not agrees(data, ref.digest):
                 data = self._path(ref.digest).read_bytes()
         except FileNotFoundError as error:
+            if broken is not None:
+                raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {broken.strerror}") from broken
             raise MissingObjectError(f"object {ref.digest[:23]} is not in the store") from error
         except OSError as error:
             raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {error.strerror}") from error

@@ -34,6 +34,15 @@ def is_storage(abstract_syntax: str) -> bool:
     return is_uid(abstract_syntax)
 
 
+def refusal_of(sop_class: str, *, accepts_private: bool) -> str:
+    """Say why no instance of a class is stored; empty when it may be."""
+    if not is_storage(sop_class):
+        return "not a Storage SOP Class"
+    if not accepts_private and not sop_class.startswith(STANDARD_ROOT):
+        return "private SOP Classes are not accepted"
+    return ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Negotiated:
     """What an association may carry: accepted contexts by id, the answer to each that was proposed, our roles."""

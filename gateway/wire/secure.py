@@ -27,6 +27,9 @@ CIPHERS = {"bcp195": "ECDHE+AESGCM", "bcp195-modified": "ECDHE+AESGCM:ECDHE+CHAC
 def acceptor_context(files: TlsFiles) -> ssl.SSLContext:
     """Make the context of who is called; with trusted certificates a peer has to show one. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # Each connection shows its certificate anew: with a ticket a peer would be let in whom nobody vouches for any more.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
     _set_up(context, files)
     if files.trusted is not None:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -50,11 +53,6 @@ def _set_up(context: ssl.SSLContext, files: TlsFiles) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.set_ciphers(CIPHERS[files.profile])
-    take_over(context, files)
-
-
-def take_over(context: ssl.SSLContext, files: TlsFiles) -> None:
-    """Show the certificate that the files have now. Raises ConfigError."""
     if files.certificate is not None and files.key is not None:
         try:
             context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)

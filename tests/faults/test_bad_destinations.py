@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +17,7 @@ from pynetdicom.association import Association
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made from a table at import
     StudyRootQueryRetrieveInformationModelFind,
 )
-from support.delivering import EXPLICIT, Rig, peer
+from support.delivering import EXPLICIT, Rig, dripping, peer
 from support.scp import CT
 from support.world import free_port, pause
 
@@ -158,31 +155,6 @@ def test_a_peer_that_aborts_midway_gets_only_the_rest(tmp_path: Path) -> None:
 
 
 # Peers that drip ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def dripping(after: bytes) -> Iterator[int]:
-    """Say `after` to whoever connects, then a byte now and then, for ever; gives the port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    ended = threading.Event()
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(after)
-                while not ended.wait(0.05):
-                    connection.sendall(b"\0")
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        ended.set()
-        listener.close()
-        thread.join(10)
 
 
 def accepted() -> bytes:

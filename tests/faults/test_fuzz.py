@@ -14,7 +14,7 @@ from support.raw import CONTEXTS, CT, EXPLICIT, data_set, store_request
 
 from clarion.adapters.clock import SystemClock
 from clarion.adapters.objects import FileStore
-from clarion.config import IntakeConfig
+from clarion.config import IntakeConfig, ScpConfig
 from clarion.dicom import part10, read_attributes, read_head, read_header, split_part10
 from clarion.errors import InvalidInstanceError
 from clarion.model import ObjectRef
@@ -25,7 +25,7 @@ from gateway.journal import read as read_journal
 from gateway.journal_writer import JournalWriter
 from gateway.multipart import MultipartError
 from gateway.space import Space
-from gateway.uploads import Sender, Upload
+from gateway.uploads import Client, Upload
 from gateway.wire import commands, pdu
 from gateway.wire.pdu import PduError
 
@@ -125,7 +125,7 @@ def test_bent_uploads_are_answered_and_nothing_that_is_cut_passes(tmp_path: Path
     ended = refused = stored = 0
     for _ in range(INPUTS // 50):
         bent = bend(body, rng)
-        upload = Upload("b", Sender(calling_ae="A", called_ae="B"), intake, max_bytes=2000)
+        upload = Upload("b", Client(calling_ae="A", called_ae="B"), intake, ScpConfig(max_instance_gb=2e-6))
         try:
             while bent:
                 count = rng.randint(1, 2000)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.dcmtk import need
-from support.delivering import EXPLICIT, Rig, data_set, encoded, peer
+from support.delivering import EXPLICIT, Rig, data_set, dripping, encoded, peer
 from support.processes import DICOMWEB, ORTHANC, clarion, start_orthanc
 from support.tap import Tap
 from support.world import free_port, pause
@@ -372,9 +372,16 @@ def test_each_instance_has_its_own_result_and_only_what_may_succeed_is_sent_agai
 
 @pytest.mark.parametrize(
     ("status", "tries", "said"),
-    [(415, 1, "HTTP 415"), (503, 3, "HTTP 503"), (429, 3, "HTTP 429"), (400, 1, "HTTP 400")],
-)
+    [
+        (415, 3, "HTTP 415; does"), (404, 3, "HTTP 404; does"), (302, 3, "HTTP 302; does"), (503, 3, "HTTP 503"),
+        (429, 3, "HTTP 429"), (400, 5, "HTTP 400"),
+    ],
+)  # fmt: skip
 def test_http_statuses(status: int, tries: int, said: str, tmp_path: Path) -> None:
+    """What is wrong with the place is tried again; what is wrong with a body is looked for instance by instance.
+
+    Bites: take a service's 404, which a restart of it answers, for one of the instances: they are never sent again.
+    """
     service = Service(*[(status, None)] * 5)
     try:
         rig = Rig(tmp_path, 1, destination=web(service.url))
@@ -384,6 +391,35 @@ def test_http_statuses(status: int, tries: int, said: str, tmp_path: Path) -> No
         service.close()
     assert (row.state, len(service.asked)) == ("failed", tries)
     assert said in row.reason + str(notes(rig))
+
+
+def test_one_that_a_service_does_not_like_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+    """413 for the batch, and for one of the four: three are stored. Bites: call all of them unsendable."""
+    taken = [(200, answer([f"1.2.3.{number}"], {})) for number in (0, 1, 3)]
+    service = Service((413, None), taken[0], taken[1], (413, None), taken[2])
+    try:
+        rig = Rig(tmp_path, 1, destination=web(service.url))
+        rig.request()
+        row = rig.settle()
+    finally:
+        service.close()
+    assert row.state == "failed"
+    assert row.reason.startswith("1 of 4 instances; first 1.2.3.2: cannot be sent")
+    assert sorted(one for one in notes(rig) if "HTTP" in one) == ["HTTP 413"]
+
+
+@pytest.mark.parametrize("after", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n"])
+def test_a_service_that_drips_is_cut_off(after: bytes, tmp_path: Path) -> None:
+    """Bites: leave it to the deadline of each read, and the thread of the delivery stays for hours."""
+    with dripping(after) as port:
+        rig = Rig(
+            tmp_path, 1, destination=web(f"http://127.0.0.1:{port}"), max_retries=0, dimse_timeout_s=0.5,
+            connect_timeout_s=0.5,
+        )  # fmt: skip
+        rig.request()
+        row = rig.settle()
+    assert (row.state, row.attempts) == ("failed", 1)
+    assert "4 of 4 instances" in row.reason
 
 
 def notes(rig: Rig) -> list[str]:

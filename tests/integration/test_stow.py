@@ -129,6 +129,54 @@ def test_each_instance_has_its_own_result(stow: Stow) -> None:
     assert stow.post(files[1]).status_code == 409
 
 
+def test_what_may_be_stored_is_what_an_association_may_store(tmp_path: Path) -> None:
+    """Bites: ask for the standard's Storage classes only, and a private one is kept against `gateway.scp`."""
+    private = part10(data_set("1.2.1"), sop_class_uid="1.3.6.1.4.1.1", sop_instance_uid="1.2.1",
+                     transfer_syntax_uid=EXPLICIT)  # fmt: skip
+    stow = Stow(tmp_path / "gateway", scp={"accept_private_sop_classes": False})
+    try:
+        answer = stow.post(private)
+        assert (answer.status_code, listed(answer, "00081198")) == (409, [("1.2.1", 0x0122)])
+    finally:
+        stow.stage.drain()
+
+
+@pytest.mark.parametrize("boundary", ["boundary*=utf-8''bb", "boundary*0=b; boundary*1=b"])
+def test_a_boundary_may_be_written_as_rfc_2231_has_it(boundary: str, stow: Stow) -> None:
+    answer = stow.post(file("1.2.1"), **{"Content-Type": f'multipart/related; type="application/dicom"; {boundary}'})
+    assert answer.status_code == 200
+
+
+def test_a_changed_client_ca_counts_at_once(tmp_path: Path) -> None:
+    """Whom the old one vouches for is let in no longer. Bites: take over the certificate and leave who is believed."""
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    pair = old.issue("ours", "127.0.0.1")
+    believed = tmp_path / "believed.pem"
+    believed.write_bytes(old.ca.read_bytes())
+    tls = {"certificate": str(pair.certificate), "key": str(pair.key), "client_ca": str(believed)}
+    stow = Stow(tmp_path / "gateway", stow={"tls": tls})
+
+    def post(by: Authority) -> int:
+        theirs = by.issue("theirs")
+        context = ssl.create_default_context(cafile=old.ca)
+        context.load_cert_chain(theirs.certificate, theirs.key)
+        body, kind = multipart(file("1.2.1"))
+        url = f"https://127.0.0.1:{stow.port}/B/studies"
+        answer = httpx.post(url, content=body, headers={**HEADERS, "Content-Type": kind}, verify=context, timeout=30)
+        return answer.status_code
+
+    try:
+        assert post(old) == 200
+        with pytest.raises(httpx.TransportError):
+            post(new)
+        believed.write_bytes(new.ca.read_bytes())
+        assert post(new) == 200
+        with pytest.raises(httpx.TransportError):
+            post(old)
+    finally:
+        stow.stage.drain()
+
+
 def test_a_study_in_the_path_has_to_be_that_of_the_instances(stow: Stow) -> None:
     right, wrong = file("1.2.1"), file("1.2.2", data_set("1.2.2", study="1.2.77"))
     answer = stow.post(right, wrong, path="/B/studies/1.2.9")

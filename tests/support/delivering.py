@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,3 +219,28 @@ def peer(
     finally:
         assert server is not None
         server.shutdown()
+
+
+@contextmanager
+def dripping(after: bytes) -> Iterator[int]:
+    """Say `after` to whoever connects, then a byte now and then, for ever; gives the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(after)
+                while not ended.wait(0.05):
+                    connection.sendall(b"\0")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        ended.set()
+        listener.close()
+        thread.join(10)
