@@ -34,6 +34,8 @@ log = structlog.get_logger()
 # Copying costs as much as was written: worth it when at least half becomes free.
 _WORTH = 0.5
 _ROWS = 200
+# So much is copied in a step: grouping waits for it.
+_AT_ONCE_BYTES = 4 * 2**20
 # Files that wait to be written over; what is more goes back to the file system.
 _MOST_FREED = 4
 
@@ -44,12 +46,13 @@ class _Segment:
     number: int
     wanted: list[ObjectRef]
     wanted_bytes: int = 0
+    copied: int = 0
     all_bytes: int = 0
     whole: bool = True
 
 
 class Compactor:
-    """Looks at one segment a step. For the grouping owner, when it has nothing else to do."""
+    """Looks at one segment a step, or copies some of it. For the grouping owner, when it has nothing else to do."""
 
     def __init__(self, folder: Path, database: Database, store: ObjectStore, *, reader: str) -> None:
         self._folder = folder
@@ -57,10 +60,16 @@ class Compactor:
         self._store = store
         self._reader = reader
         self._seen: set[tuple[str, int]] = set()
+        # What is being emptied.
+        self._copying: _Segment | None = None
         self.freed = 0
 
     def step(self) -> bool:
-        """Look at the next segment that was not looked at; tell whether there was one. Raises StoreUnavailableError."""
+        """Go on; tell whether there was something to do. Raises StoreUnavailableError."""
+        segment, self._copying = self._copying, None
+        if segment is not None:
+            self._empty(segment)
+            return True
         found = self._next()
         if found is None:
             return False
@@ -69,7 +78,7 @@ class Compactor:
         try:
             segment = self._look(name, number)
             if segment.whole and segment.all_bytes - segment.wanted_bytes >= _WORTH * max(1, segment.all_bytes):
-                self._free(segment)
+                self._empty(segment)
         except OSError as error:
             raise StoreUnavailableError(f"a segment of the journal cannot be looked at: {error.strerror}") from error
         return True
@@ -154,15 +163,28 @@ class Compactor:
             return False
         return True
 
-    def _free(self, segment: _Segment) -> None:
-        """Copy what is wanted, then let the file be written over."""
-        for ref in segment.wanted:
+    def _empty(self, segment: _Segment) -> None:
+        """Copy some of what is wanted; when all of it is, let the file be written over."""
+        size = 0
+        while segment.wanted and size < _AT_ONCE_BYTES:
+            ref = segment.wanted.pop()
+            size += ref.size_bytes
             try:
                 self._store.put(self._store.read(ref))
             except MissingObjectError as error:
                 # Damaged where it lies: nothing that another copy could be made of, and nothing to be thrown away.
                 log.error("segment.kept", log=segment.log, segment=segment.number, reason=str(error))  # noqa: TRY400
                 return
+            segment.copied += 1
+        if segment.wanted:
+            self._copying = segment
+            return
+        try:
+            self._free(segment)
+        except OSError as error:
+            raise StoreUnavailableError(f"a segment of the journal cannot be freed: {error.strerror}") from error
+
+    def _free(self, segment: _Segment) -> None:
         folder = self._folder / segment.log
         path = segment_path(folder, segment.number)
         self._keep_ends(folder, segment.number)
@@ -174,7 +196,7 @@ class Compactor:
             journal.end_path(folder, segment.number).unlink(missing_ok=True)
             sync_folder(folder)
         self.freed += 1
-        log.info("segment.freed", log=segment.log, segment=segment.number, copied=len(segment.wanted))
+        log.info("segment.freed", log=segment.log, segment=segment.number, copied=segment.copied)
 
     def _keep_ends(self, folder: Path, number: int) -> None:
         """Keep what the segment says of the ends of others that are still there."""

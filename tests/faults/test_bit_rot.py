@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from support.receiving import Receiving
 
 from clarion.adapters.database import Database
 from clarion.adapters.objects import FileStore, segment_path
-from clarion.errors import MissingObjectError
+from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
-from gateway import tables
+from gateway import scrubbing, tables
 from gateway.scrubbing import referred, repair, scrub
 
 OBJECTS = 200
@@ -66,6 +68,53 @@ def test_every_turned_bit_is_found_and_nothing_of_it_is_read(received: Receiving
     for ref in refs.values():
         with pytest.raises(MissingObjectError):
             store.read(ref)
+
+
+def test_where_the_disk_cannot_be_read_a_second_copy_is(received: Receiving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO at one instance. Bites: let the error of the first place out, and the copy beside it is never looked at."""
+    database, store = Database(f"sqlite:///{received.root / 'clarion.db'}"), received.store
+    ones = [one for one in referred(database) if one.what == "instance"]
+    data, bad = store.read(ones[0].ref), ones[0].ref
+    reading = os.pread
+
+    def failing(file: int, count: int, offset: int) -> bytes:
+        if (count, offset) == (bad.size_bytes, int(bad.location.rsplit("/", 1)[1])):
+            raise OSError(errno.EIO, "Input/output error")
+        return reading(file, count, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(StoreUnavailableError):
+        store.read(bad)
+    damaged = scrub(referred(database), store)
+    assert [one.object.name for one in damaged] == [ones[0].name], "and the rest was looked at"
+    store.put(data)
+    assert store.read(bad) == data
+    assert scrub(referred(database), store) == []
+
+
+def test_a_copy_that_the_disk_cannot_read_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path / "objects")
+    ref = store.put(b"12345678")
+    before = store._path(ref.digest).stat().st_ino
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", _cannot)
+        assert store.put(b"12345678") == ref
+    assert store._path(ref.digest).stat().st_ino != before
+    assert store.read(ref) == b"12345678"
+
+
+def _cannot(_: Path) -> bytes:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_the_check_reads_page_by_page(received: Receiving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, whatever the length of a page. Bites: begin a page at its last row, or by half of a key."""
+    database = Database(f"sqlite:///{received.root / 'clarion.db'}")
+    whole = list(referred(database))
+    assert len(whole) >= OBJECTS
+    for rows in (1, 7, len(whole)):
+        monkeypatch.setattr(scrubbing, "_ROWS", rows)
+        assert list(referred(database)) == whole
 
 
 def test_what_is_damaged_is_never_forwarded(tmp_path: Path) -> None:

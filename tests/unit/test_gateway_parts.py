@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,24 @@ def test_refused_and_quarantined(data: bytes, status: int, reason: str, journal:
     kind, fields = journal.records[0]
     assert (kind, fields["reason"]) == ("quarantined", reason)
     assert (fields["object"] is None) == (data == b"")
+
+
+def test_each_shortage_has_a_patience_of_its_own(tmp_path: Path) -> None:
+    """Small data sets that found room meanwhile end the first. Bites: let only those that waited end it."""
+    free = [0, 0]
+    space = Space(tmp_path, IntakeConfig(watermark_percent=100, reserve_gb=0), lambda _: (free[0], 10**9))
+    space.patience_s = 0.3
+    assert not space.wait_for(0)
+    free[0] = 10**6
+    pause(0.06)
+    with space.holding(10) as room:
+        assert room
+    free[0] = 0
+    pause(0.06)
+    timer = threading.Timer(0.1, lambda: free.__setitem__(0, 10**6))
+    timer.start()
+    assert space.wait_for(0), "it is kept waiting again"
+    timer.join()
 
 
 def test_low_disk_is_transient_and_keeps_nothing(journal: ListJournal, intake: Making) -> None:
