@@ -25,6 +25,7 @@ from support.world import free_port
 from clarion.dicom import split_part10
 from clarion.model import ObjectRef
 from gateway import tables
+from gateway.segments import FREED, MOST_READY, SEGMENT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +110,11 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
             if time.monotonic() > end:
                 raise SystemExit(f"the grouping owner has {stored()} of {count} instances")
             time.sleep(0.05)
+        # As it stands between two studies: what a study has used up of the prepared segments is there again.
+        while not all(map(_is_prepared, (config.parent / "data" / "journal").glob("w*"))):
+            if time.monotonic() > end:
+                raise SystemExit("no segments are prepared; is the disk full?")
+            time.sleep(0.05)
 
     def read_back() -> Callable[[str], bytes | None]:
         with system.database.reading() as connection:
@@ -125,6 +131,12 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
         settle=settle,
         read_back=read_back,
     )
+
+
+def _is_prepared(log: Path) -> bool:
+    """Tell whether a log that has filled a segment has as many ready as it may."""
+    filled = any(one.stat().st_size > SEGMENT_BYTES // 2 for one in log.glob("0*.seg"))
+    return not filled or len(list(log.glob(f"{FREED}*"))) >= MOST_READY
 
 
 def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:

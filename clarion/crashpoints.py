@@ -24,6 +24,7 @@ EFFECTS = (
     "journal.sync",
     "journal.rotate",
     "segment.free",
+    "segment.prepare",
     "scp.respond",
     "scp.associationended",
     "grouping.manifest",

@@ -17,6 +17,7 @@ from gateway.guard import Guard
 from gateway.intake import Intake
 from gateway.journal import logs
 from gateway.journal_writer import JournalWriter, settle
+from gateway.preparing import Preparer
 from gateway.receiver import STALL_S, Channels, Receiver, channels, listen, worker_count
 from gateway.space import Space
 from gateway.wire.secure import Renewed, acceptor_context, expires
@@ -177,21 +178,24 @@ class IntakeStage:
             admitting=self._admitting(space),
             tls=Renewed(self._tls.files, acceptor_context) if self._tls is not None else None,
         )
-        return _JournallingWorker(worker, journal)
+        return _JournallingWorker(worker, journal, space)
 
 
 class _JournallingWorker:
-    """A worker that closes its log when it ends."""
+    """A worker that has its log prepared while it is idle, and closes it when it ends."""
 
-    def __init__(self, worker: Worker, journal: JournalWriter) -> None:
+    def __init__(self, worker: Worker, journal: JournalWriter, space: Space) -> None:
         self._worker = worker
         self._journal = journal
+        self._space = space
 
     def run(self) -> None:
         """Run the worker to its end."""
+        preparer = Preparer(self._journal, self._space.available)
         try:
             self._worker.run()
         finally:
+            preparer.stop()
             self._journal.close()
 
     def stop(self) -> None:

@@ -21,7 +21,7 @@ from clarion.crashpoints import effect
 from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
 from gateway import journal, tables
-from gateway.segments import FREED
+from gateway.segments import FREED, MOST_READY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +36,6 @@ _WORTH = 0.5
 _ROWS = 200
 # So much is copied in a step: grouping waits for it.
 _AT_ONCE_BYTES = 4 * 2**20
-# Files that wait to be written over; what is more goes back to the file system.
-_MOST_FREED = 4
 
 
 @dataclass(slots=True)
@@ -189,7 +187,7 @@ class Compactor:
         path = segment_path(folder, segment.number)
         self._keep_ends(folder, segment.number)
         with effect("segment.free"):
-            if len(list(folder.glob(f"{FREED}*"))) >= _MOST_FREED:
+            if len(list(folder.glob(f"{FREED}*"))) >= MOST_READY:
                 path.unlink()
             else:
                 path.rename(folder / f"{FREED}{path.name}")

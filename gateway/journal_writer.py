@@ -11,6 +11,7 @@ import fcntl
 import json
 import secrets
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -49,7 +50,7 @@ class JournalWriter:
         clock: Clock,
         on_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder = make_folder(folder)
+        self.folder = make_folder(folder)
         self._clock = clock
         self._on_commit = on_commit
         self._writing = threading.Lock()
@@ -64,6 +65,10 @@ class JournalWriter:
         self._key = b""
         self._closed = False
         self._segment: Segment | None = None
+        self._appended = time.monotonic()
+        sizes = [segment_path(folder, number).stat().st_size for number in journal.segments(folder)]
+        self.filled = sum(size > SEGMENT_BYTES // 2 for size in sizes)
+        """How many segments of the log have been filled, about."""
         try:
             self._end = _CommittedEnd(folder)
             self._ends, self._torn = recover(folder)
@@ -89,6 +94,10 @@ class JournalWriter:
         except OSError as error:
             raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
 
+    def idle_s(self) -> float:
+        """Give for how long nothing has been appended."""
+        return time.monotonic() - self._appended
+
     def close(self) -> None:
         """Sync and let go."""
         with self._writing:
@@ -105,6 +114,7 @@ class JournalWriter:
                 raise StoreUnavailableError("the journal has been closed")
             segment = self._usable(len(body) + len(data))  # type: ignore[arg-type]  # bytes or a bytearray
             now = self._clock.now()
+            self._appended = time.monotonic()
             end = self._write(segment, now, body, data)
         segment.sync(end)
         self._on_commit()
@@ -124,11 +134,12 @@ class JournalWriter:
             if segment.broken:
                 log.error("journal.segmentabandoned", segment=segment.number)
             self._segment = None
+            self.filled += not segment.broken
             segment.retire()
             self._ends[segment.number] = segment.synced
         # A number is used once, also when its file could not be made durable.
         self._number += 1
-        opened = Segment(self._folder, self._number, take_freed(self._folder), self._synced)
+        opened = Segment(self.folder, self._number, take_freed(self.folder), self._synced)
         said = {"ends": self._ends, "torn": self._torn}
         body = _encode({"kind": journal.OPENED, **said}).encode()
         self._segment = opened

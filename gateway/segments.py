@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SEGMENT_BYTES = 64 * 2**20
 FREED = "freed-"
 """How the name of a segment begins that nothing is wanted of any more."""
+MOST_READY = 16
+"""So many files of a log wait to be written over: a GiB, a large study."""
 # So many zeros are written behind a small record that does not fit into what has been written before: the records that
 # follow lie in blocks that exist, and their sync has no size and no block to record. Larger ones would gain nothing.
 _LAID = bytes(512 * 2**10)
