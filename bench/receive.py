@@ -113,6 +113,7 @@ def _run(name: str, root: Path, kind: str, conc: int, options: argparse.Namespac
         warm = sum(each) // 10 // conc * conc or conc
         load.run(receiver.port, receiver.called, kind, [warm // conc] * conc, first=0)
         receiver.settle(warm)
+        receiver.rest()
         cpu, begun = receiver.cpu(), time.monotonic()
         loads = load.run(receiver.port, receiver.called, kind, each, first=warm)
         receiver.settle(warm + sum(each))

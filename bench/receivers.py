@@ -45,6 +45,8 @@ class Receiver:
     pids: Callable[[], list[int]]
     settle: Callable[[int], None]
     read_back: Callable[[], Callable[[str], bytes | None]] | None
+    rest: Callable[[], None] = lambda: None
+    """Waits until it stands as between two studies: what it prepares in idle moments is there."""
 
     def cpu(self) -> float:
         """Give the CPU seconds of its processes, ended children included."""
@@ -110,7 +112,9 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
             if time.monotonic() > end:
                 raise SystemExit(f"the grouping owner has {stored()} of {count} instances")
             time.sleep(0.05)
-        # As it stands between two studies: what a study has used up of the prepared segments is there again.
+
+    def rest() -> None:
+        end = time.monotonic() + 60
         while not all(map(_is_prepared, (config.parent / "data" / "journal").glob("w*"))):
             if time.monotonic() > end:
                 raise SystemExit("no segments are prepared; is the disk full?")
@@ -130,6 +134,7 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
         pids=lambda: [system.supervisor.pid_of(one) for one in stages],
         settle=settle,
         read_back=read_back,
+        rest=rest,
     )
 
 

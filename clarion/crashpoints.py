@@ -25,6 +25,8 @@ EFFECTS = (
     "journal.rotate",
     "segment.free",
     "segment.prepare",
+    "segment.zeros",
+    "segment.zerossynced",
     "scp.respond",
     "scp.associationended",
     "grouping.manifest",

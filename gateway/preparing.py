@@ -73,20 +73,28 @@ class Preparer:
         """Write one file, going on where an earlier attempt was interrupted."""
         folder = self._journal.folder
         path = folder / "preparing"
-        with effect("segment.prepare"):
-            file = _open(path)
-            try:
-                size = os.fstat(file).st_size // _STEP_BYTES * _STEP_BYTES
-                with mmap.mmap(-1, _STEP_BYTES) as zeros:  # aligned, as writing past the cache has to be
-                    while size < SEGMENT_BYTES:
-                        if not self._is_wanted():
-                            return
-                        size += os.pwrite(file, zeros, size)
-                os.fdatasync(file)
-            finally:
-                os.close(file)
-            path.rename(folder / f"{FREED}{uuid.uuid4().hex}")
-            sync_folder(folder)
+        file = _open(path)
+        try:
+            whole = self._fill(file)
+        finally:
+            os.close(file)
+        if whole:
+            with effect("segment.prepare"):
+                path.rename(folder / f"{FREED}{uuid.uuid4().hex}")
+                sync_folder(folder)
+
+    def _fill(self, file: int) -> bool:
+        """Write zeros as long as nothing else is to be written; tell whether the file is whole, and synced."""
+        size = os.fstat(file).st_size // _STEP_BYTES * _STEP_BYTES
+        with mmap.mmap(-1, _STEP_BYTES) as zeros:  # aligned, as writing past the cache has to be
+            while size < SEGMENT_BYTES:
+                if not self._is_wanted():
+                    return False
+                with effect("segment.zeros"):
+                    size += os.pwrite(file, zeros, size)
+        with effect("segment.zerossynced"):
+            os.fdatasync(file)
+        return True
 
 
 def _open(path: Path) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from support.raw import CT, EXPLICIT, data_set
 from support.receiving import PER_SEGMENT, SIZE, Receiving
+from support.world import pause
 
 from clarion import crashpoints
 from clarion.adapters.database import Database
@@ -17,8 +20,9 @@ from clarion.adapters.objects import segment_path
 from clarion.digests import digest_of
 from clarion.errors import MissingObjectError
 from clarion.model import ObjectRef
-from gateway import journal, tables
+from gateway import journal, preparing, tables
 from gateway.journal_writer import JournalWriter, recover
+from gateway.segments import MOST_READY
 
 
 @pytest.fixture
@@ -144,3 +148,93 @@ def test_objects_in_quarantine_are_wanted(rig: Receiving) -> None:
         described = connection.execute(sa.select(tables.quarantine.c.object)).scalar_one()
     assert rig.store.read(ObjectRef(**described)) == data
     assert asdict(ObjectRef(**described)) == described
+
+
+# Written beforehand ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "SEGMENT_BYTES", 8 * 4096)
+    monkeypatch.setattr(preparing, "_STEP_BYTES", 4096)
+    monkeypatch.setattr(preparing, "IDLE_S", 0.05)
+    monkeypatch.setattr(preparing, "_LOOK_S", 0.01)
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        pause(0.01)
+    return False
+
+
+@pytest.mark.usefixtures("small")
+def test_a_busy_log_has_segments_ready_and_uses_them(rig: Receiving) -> None:
+    """They are taken, written over and read as any. Bites: read on into what was there before."""
+    for number in range(2 * PER_SEGMENT):
+        rig.receive(f"1.2.{number}")
+    preparer = preparing.Preparer(rig.writer, lambda _: True)
+    try:
+        assert until(lambda: len(rig.freed()) == MOST_READY)
+        assert not (rig.folder / "preparing").exists()
+    finally:
+        preparer.stop()
+    for number in range(3 * PER_SEGMENT):
+        rig.receive(f"1.3.{number}")
+    assert len(rig.freed()) < MOST_READY
+    rig.settle()
+    rig.judge()
+    rig.writer.close()
+    rig.writer = JournalWriter(rig.folder, rig.clock)
+    assert rig.writer.filled > 0
+    rig.receive("1.4.1")
+    rig.settle()
+    rig.judge()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("why", ["not filled", "no room", "busy"])
+def test_none_is_written_where_it_would_be_in_the_way(why: str, rig: Receiving) -> None:
+    for number in range(2 if why == "not filled" else 2 * PER_SEGMENT):
+        rig.receive(f"1.2.{number}")
+    asked = threading.Event()
+
+    def room(_: int) -> bool:
+        asked.set()
+        return why != "no room"
+
+    with pytest.MonkeyPatch.context() as patch:
+        if why == "busy":
+            patch.setattr(rig.writer, "idle_s", lambda: 0.0)
+        preparer = preparing.Preparer(rig.writer, room)
+        asked.wait(0.2 if why != "no room" else 10)
+        preparer.stop()
+    assert asked.is_set() == (why == "no room")
+    assert rig.freed() == []
+    assert not (rig.folder / "preparing").exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("point", ["segment.zeros", "segment.zerossynced", "segment.prepare"])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_killed_while_preparing_the_log_goes_on(rig: Receiving, side: str, point: str) -> None:
+    for number in range(2 * PER_SEGMENT):
+        rig.receive(f"1.2.{number}")
+    rig.writer.close()
+    pid = os.fork()
+    if pid == 0:
+        crashpoints.arm(f"{side}:{point}#2")
+        preparing.Preparer(JournalWriter(rig.folder, rig.clock), lambda _: True)._thread.join(30)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), "the point was not reached"
+    (rig.folder / "preparing").write_bytes(bytes(5000))
+    rig.writer = JournalWriter(rig.folder, rig.clock)
+    preparer = preparing.Preparer(rig.writer, lambda _: True)
+    assert until(lambda: len(rig.freed()) == MOST_READY)
+    preparer.stop()
+    assert {one.stat().st_size for one in rig.folder.glob("freed-*")} == {8 * 4096}
+    rig.receive("1.3.1")
+    rig.settle()
+    rig.judge()
