@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clarion.adapters.objects import FileStore
+from clarion.processes import raise_file_limit
 from console.stages import STOW
 from console.stow import Stow
 from console.web_server import WebServer
@@ -28,6 +29,7 @@ class StowStage:
     def __init__(self, config: GatewayConfig, data: Path, clock: Clock) -> None:
         if config.stow is None:
             raise ValueError("gateway.stow is not configured")
+        raise_file_limit()
         journal = data / "journal"
         self._space = Space(data, config.intake)
         doorbell = Doorbell(journal, data / "wake")

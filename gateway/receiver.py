@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
@@ -22,7 +21,7 @@ import structlog
 
 from clarion import crashpoints
 from clarion.errors import ResourceBusyError
-from clarion.processes import end_with_parent, pause_after
+from clarion.processes import end_with_parent, pause_after, raise_file_limit
 from gateway.guard import BACKLOG
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ class Receiver:
         lost: Callable[[int, int], None] = lambda _worker, _count: None,
     ) -> None:
         self._lost = lost
-        _raise_file_limit()
+        raise_file_limit()
         self.board = board
         self._children = [_Child("guard", make_guard)]
         self._children += [
@@ -197,10 +196,3 @@ def _run(child: _Child, parent: int) -> None:
     finally:
         sys.stderr.flush()
         os._exit(status)
-
-
-def _raise_file_limit() -> None:
-    """Have as many descriptors as we may: silent connections cost one each."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
