@@ -38,6 +38,7 @@ from gateway.windows import is_open, opens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from clarion.config import GatewayConfig
     from clarion.model import Destination
@@ -109,13 +110,16 @@ class DeliveryStage:
         for delivery in self._outbound.due(now):
             waiting.setdefault(delivery.destination.lower(), []).append(delivery)
         for name, deliveries in waiting.items():
-            destination = self._destinations.get(name)
-            may_send = destination is None or is_open(destination.schedule, now)
-            # What was sent is verified at any time, and what a person took up is sent at once.
-            chosen = [one for one in deliveries if may_send or one.state == SENT or one.reason == BY_A_PERSON]
+            chosen = [one for one in deliveries if self._is_its_hour(one, now)]
             if chosen and self._circuits.is_closed(name):
                 self._start(name, self._work, chosen)
         self._start_answers()
+
+    def _is_its_hour(self, delivery: Delivery, now: datetime) -> bool:
+        """Tell whether it need not wait: what was sent is verified at any time, what a person took up sent at once."""
+        destination = self._destinations.get(delivery.destination.lower())
+        at_any_time = destination is None or delivery.state == SENT or delivery.reason == BY_A_PERSON
+        return at_any_time or is_open(destination.schedule, now)  # type: ignore[union-attr]  # not None here
 
     def _start(self, name: str, target: Callable[[list[Any]], None], work: list[Any]) -> None:
         """Work something off in a thread of its own, unless one by that name does, or there is no room for it."""
@@ -184,6 +188,8 @@ class DeliveryStage:
 
     def _work(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
+            if not self._is_its_hour(delivery, self._clock.now()):
+                continue  # its window has closed while others were sent
             try:
                 if delivery.state == SENT:
                     self._verify(delivery)

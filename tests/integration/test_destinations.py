@@ -236,6 +236,29 @@ def test_nothing_is_sent_outside_the_windows_and_everything_when_one_opens(tmp_p
         assert rig.settle().state == "verified"
 
 
+def test_a_window_that_closes_lets_the_delivery_in_hand_end_and_no_other_begin(tmp_path: Path) -> None:
+    """Bites: look at the hour when a night's work is taken up, and it is sent into the day."""
+    window = {"days": ["mon"], "from": "13:00", "to": "24:00"}
+
+    def status(uid: str, _: int) -> int:
+        if uid == "1.2.3.0" and rig.clock.now() < closed:
+            rig.clock.advance(timedelta(hours=12))
+        return 0
+
+    with peer(status) as pacs:
+        rig = Rig(tmp_path, pacs.port, destination={"windows": [window], "timezone": "UTC"})
+        closed = rig.clock.now() + timedelta(hours=12)
+        for name in ("d", "e", "f"):
+            rig.request(delivery=name)
+        rig.step_until(lambda: rig.row("f") is not None)
+        rig.clock.advance(timedelta(hours=1))
+        rig.step_until(lambda: rig.stage.idle() and rig.row().state != "waiting")
+        for _ in range(20):
+            rig.stage.step()
+        assert set(pacs.stored.values()) == {1}
+        assert [(rig.row(name).state, rig.row(name).attempts) for name in ("e", "f")] == [("waiting", 0)] * 2
+
+
 # DICOMweb -------------------------------------------------------------------------------------------------------
 
 
