@@ -34,7 +34,7 @@ def delivery_list(
     limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10000)] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List deliveries, the latest first, with why they stand where they do."""
+    """List deliveries, the latest first: asked for when (UTC), of which study, and why they stand where they do."""
 
     def body() -> int:
         from dataclasses import asdict  # noqa: PLC0415  quick --help
@@ -49,7 +49,10 @@ def delivery_list(
         for one in rows:
             counted = f"{one.answered}/{one.instances}"
             again = f"{_when(app, one)}; " if one.due else ""
-            typer.echo(f"{one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  {again}{one.reason}")
+            typer.echo(
+                f"{one.requested[:19]}  {one.state:<11} {one.destination:<16} {counted:>7}  {one.delivery_id}  "
+                f"study {one.study_uid}  {again}{one.reason}"
+            )
         if not rows:
             typer.echo("no deliveries", err=True)
         return 0

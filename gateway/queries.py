@@ -48,6 +48,8 @@ class DeliveryRow:
     due: str
     instances: int
     answered: int
+    requested: str
+    study_uid: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,10 @@ def list_deliveries(
         query = query.where(table.c.state.in_(sorted(states)))
     with database.reading() as connection:
         rows = connection.execute(query).all()
+        first = sa.select(items.c.delivery_id, items.c.described).where(
+            items.c.delivery_id.in_([row.delivery_id for row in rows]), items.c.position == 0
+        )
+        studies = {one.delivery_id: str(one.described["study_uid"]) for one in connection.execute(first)}
     return [
         DeliveryRow(
             delivery_id=row.delivery_id,
@@ -152,6 +158,8 @@ def list_deliveries(
             due=row.due if row.state == "waiting" else "",
             instances=row.instances,
             answered=row.answered,
+            requested=row.requested,
+            study_uid=studies.get(row.delivery_id, ""),
         )
         for row in rows
     ]

@@ -21,6 +21,7 @@ from support.world import free_port, pause
 from clarion.model import Schedule, Window
 from clarion.testing.suites import MOMENT
 from console.checks import check_config
+from gateway.queries import list_deliveries
 from gateway.windows import is_open, opens
 from gateway.wire import pdu
 
@@ -57,6 +58,18 @@ def test_little_work_is_not(tmp_path: Path) -> None:
         rig.request()
         assert rig.settle().state == "verified"
         assert pacs.associations[1] == 1
+
+
+def test_a_delivery_in_the_list_can_be_matched_to_its_study(tmp_path: Path) -> None:
+    with peer() as pacs:
+        rig = Rig(tmp_path, pacs.port)
+        for name in ("d", "e"):
+            rig.request(delivery=name)
+        rig.settle()
+        rows = list_deliveries(rig.database)
+    assert sorted((one.delivery_id, one.study_uid, one.requested) for one in rows) == [
+        (name, "1.2", MOMENT.isoformat()) for name in ("d", "e")
+    ]
 
 
 def test_all_destinations_together_have_so_many_and_no_more(tmp_path: Path) -> None:
