@@ -47,6 +47,8 @@ _UNRECOGNISED_OPERATION = 0x0211
 _RESOURCE_LIMITATION = 0x0213
 # A request is one record of the journal.
 MOST_INSTANCES = 7000
+MOST_STUDIES = 1000
+"""So many of the studies that came on an association are remembered, the latest ones."""
 LINGER_S = 2
 
 
@@ -237,13 +239,21 @@ class Association:
             refused={f"0x{status:04X}": count for status, count in self._statuses.items() if status != SUCCESS},
             bytes=self._bytes,
         )
+        self._tell_studies(reason, list(self._studies))
+
+    def _leave_study(self, study_uid: str) -> None:
+        """Of a migration that never ends not every study is remembered: this one has not come for very long."""
+        self._tell_studies("other studies came", [study_uid])
+        del self._studies[study_uid]
+
+    def _tell_studies(self, reason: str, studies: list[str]) -> None:
         with effect("scp.associationended"):
             self._intake.association_ended(
                 self.id,
                 reason,
                 calling_ae=self._request.calling,
                 called_ae=self._request.called,
-                studies={study: (counts[0], counts[1]) for study, counts in self._studies.items()},
+                studies={one: (self._studies[one][0], self._studies[one][1]) for one in studies},
             )
 
     # Messages --------------------------------------------------------------------------------------------------
@@ -294,8 +304,11 @@ class Association:
     def _answer(self, answer: Answer) -> None:
         field = number(self._command, commands.FIELD)
         if field == commands.C_STORE_RQ:
-            counts = self._studies.setdefault(answer.study_uid, [0, 0])
+            counts = self._studies.pop(answer.study_uid, [0, 0])
             counts[0 if answer.status == SUCCESS else 1] += 1
+            self._studies[answer.study_uid] = counts
+            if len(self._studies) > MOST_STUDIES:
+                self._leave_study(next(iter(self._studies)))
             self._slot.answered(self._size, success=answer.status == SUCCESS)
             self._statuses[answer.status] += 1
             self._bytes += self._size

@@ -11,7 +11,7 @@ from pynetdicom import AE
 from pynetdicom.association import Association
 from structlog.testing import capture_logs
 from support.processes import clarion
-from support.raw import CONTEXTS, Raw
+from support.raw import CONTEXTS, Raw, data_set
 from support.scp import CT, EXPLICIT, Serving, serving
 from support.world import make_series, pause, uid_of
 
@@ -72,6 +72,31 @@ def test_who_is_rejected_and_how(
     said = [one for one in logs if one["event"] == "association.rejected"]
     assert [(one["check"], one["calling_ae"], one["called_ae"], one["address"]) for one in said] == [
         (check, calling, called, "127.0.0.1")
+    ]
+
+
+def test_of_a_migration_not_every_study_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told of once with all of its instances, the older ones while it goes on.
+
+    Bites: remember them all, and a year's archive on one association is a worker's memory.
+    """
+    monkeypatch.setattr("gateway.association.MOST_STUDIES", 2)
+    with serving(tmp_path) as at:
+        with at.requestor() as scu:
+            for number in (1, 1, 2, 3, 2, 4):
+                uid = f"1.2.{number}"
+                assert scu.store(data_set(uid, study=uid), sop_class=CT, sop_instance=uid, syntax=EXPLICIT) == 0
+        ended: list[dict[str, object]] = []
+        for _ in range(500):
+            ended = [fields for kind, fields in at.journalled() if kind == "ended"]
+            if len(ended) == 4:
+                break
+            pause(0.01)
+    assert [(one["study_uid"], one["stored"], one["reason"]) for one in ended] == [
+        ("1.2.1", 2, "other studies came"),
+        ("1.2.3", 1, "other studies came"),
+        ("1.2.2", 2, "released"),
+        ("1.2.4", 1, "released"),
     ]
 
 
