@@ -40,7 +40,7 @@ def echo(
         from gateway.scu import Requestor, Timeouts  # noqa: PLC0415  quick --help
 
         begun = time.monotonic()
-        destination = _peer_of(peer, _tls(tls, tls_ca, tls_cert))
+        destination = _peer_of(peer, tls_files(tls, tls_ca, tls_cert))
         with Requestor(
             destination, own_ae=ae_title(calling, "--calling"), timeouts=Timeouts(connect_s=10, dimse_s=10)
         ) as requestor:
@@ -75,7 +75,7 @@ def send(
 
         from console.sending import Sent, send_folder  # noqa: PLC0415  as above
 
-        destination, sent = _peer_of(peer, _tls(tls, tls_ca, tls_cert)), Sent()
+        destination, sent = _peer_of(peer, tls_files(tls, tls_ca, tls_cert)), Sent()
         with open_ledger(ledger) as file, Progress(
             console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
         ) as bar:  # fmt: skip
@@ -140,7 +140,7 @@ def ae_title(text: str, where: str) -> str:
         raise ConfigError([f"{where}: {text!r}: {error}"]) from error
 
 
-def _tls(wanted: bool, trusted: Path | None, certificate: Path | None) -> TlsFiles | None:  # noqa: FBT001  as given
+def tls_files(wanted: bool, trusted: Path | None, certificate: Path | None) -> TlsFiles | None:  # noqa: FBT001  as given
     """Read the options of TLS; one of them is enough."""
     from clarion.model import TlsFiles  # noqa: PLC0415  quick --help
 

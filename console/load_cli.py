@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from console.command import AsJson, print_json, run
+from console.dicom_cli import Tls, TlsCa, TlsCert  # noqa: TC001  as above
 
 if TYPE_CHECKING:
     from console.loading_studies import Outcome
@@ -36,6 +37,9 @@ def load_studies(  # noqa: PLR0913, PLR0917  options of a command line, each by 
     ledger: Annotated[
         Path | None, typer.Option(help="Append SOP Instance UID and digest of what is acknowledged to this file.")
     ] = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
     as_json: AsJson = False,
 ) -> None:
     """Send studies; exit status 0 only if all was acknowledged, 1 if something was refused, 3 if the peer went away.
@@ -48,11 +52,12 @@ def load_studies(  # noqa: PLR0913, PLR0917  options of a command line, each by 
         from rich.progress import Progress  # noqa: PLC0415  as above
 
         from clarion.model import Destination  # noqa: PLC0415  as above
-        from console.dicom_cli import ae_title, open_ledger  # noqa: PLC0415  as above
+        from console.dicom_cli import ae_title, open_ledger, tls_files  # noqa: PLC0415  as above
         from console.loading_studies import Order, StudyLoad  # noqa: PLC0415  as above
 
         title = ae_title(ae, "--ae")
-        peer = Destination(name=title, ae_title=title, host=host, port=port)
+        files = tls_files(tls, tls_ca, tls_cert)
+        peer = Destination(name=title, ae_title=title, host=host, port=port, tls=files)
         order = Order(
             associations=associations, passes=count, rate=rate, duplicate=duplicate, reorder=reorder, seed=seed
         )

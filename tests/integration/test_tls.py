@@ -333,6 +333,9 @@ def test_echo_and_send_by_hand(
     done = clarion("echo", peer, *options, "--json")
     assert (done.returncode, json.loads(done.stdout)["status"]) == (0, "0x0000"), done.stderr
     assert clarion("send", file, peer, *options).stdout == "1 acknowledged, 0 refused, 0 skipped\n"
+    place = ("--ae", "B", "--port", str(port_of(tls)))
+    load = clarion("load", "studies", file, *place, "--count", "3", "--associations", "2", *options, "--json")
+    assert (load.returncode, json.loads(load.stdout)["acknowledged"]) == (0, 3), load.stderr
     unknown = clarion("echo", peer, "--calling", "A", "--tls-ca", authority.ca)
     assert unknown.returncode == 3
     assert "the peer ended TLS" in unknown.stderr
