@@ -218,11 +218,15 @@ def _lose(one: Ledgers) -> None:
     one.outbound.lost(one.delivery(), missing={"1.1.2"}, now=MOMENT, again=MOMENT)
 
 
+def _send(one: Ledgers) -> None:
+    one.outbound.settle_sent(one.delivery(), now=MOMENT, verify_until=MOMENT, verify=True)
+
+
 OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], object]]] = {
     # effect: (what comes before, what is done; done twice it must leave what it leaves when done once)
-    "delivery.lost": (lambda _: None, _lose),
-    "delivery.unverified": (lambda _: None, lambda one: one.outbound.settle_unverified("d", "why")),
-    "delivery.look": (lambda _: None, lambda one: one.outbound.look_again("d", MOMENT + timedelta(seconds=9))),
+    "delivery.lost": (_send, _lose),
+    "delivery.unverified": (_send, lambda one: one.outbound.settle_unverified("d", "why")),
+    "delivery.look": (_send, lambda one: one.outbound.look_again("d", MOMENT + timedelta(seconds=9))),
     "delivery.retry": (
         lambda one: one.outbound.settle_failed(one.delivery(), now=MOMENT, reason="why", again=None),
         lambda one: one.outbound.retry(["d"], MOMENT),
