@@ -72,7 +72,7 @@ class Pool:
             except BaseException:  # whatever it was, the association is in no state to be used again
                 lent.abort()
                 raise
-        except BaseException:
+        except BaseException:  # whatever it was, it is no longer in use
             with self._lock:
                 self._used[destination.name] -= 1
             raise
