@@ -25,7 +25,8 @@ from support.world import free_port
 from clarion.dicom import split_part10
 from clarion.model import ObjectRef
 from gateway import tables
-from gateway.segments import FREED, MOST_READY, SEGMENT_BYTES
+from gateway.journal_writer import count_filled
+from gateway.segments import MOST_READY, ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,8 +141,7 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
 
 def _is_prepared(log: Path) -> bool:
     """Tell whether a log that has filled a segment has as many ready as it may."""
-    filled = any(one.stat().st_size > SEGMENT_BYTES // 2 for one in log.glob("0*.seg"))
-    return not filled or len(list(log.glob(f"{FREED}*"))) >= MOST_READY
+    return not count_filled(log) or len(ready(log)) >= MOST_READY
 
 
 def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -60,12 +61,10 @@ class WebServer:
             server_header=False,
             http=_Patient,
         )  # fmt: skip
-        self._renewed = Renewed(tls, acceptor_context) if tls is not None else None
-        if self._renewed is not None:
+        if tls is not None:
             config.load()
-            listening = acceptor_context(self._renewed.files)
-            listening.sni_callback = self._take_present
-            config.ssl = listening
+            config.ssl = acceptor_context(tls)
+            config.ssl.sni_callback = partial(_take_present, Renewed(tls, acceptor_context))
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="web", daemon=True)
         self._thread.start()
@@ -80,11 +79,6 @@ class WebServer:
         if not self._thread.is_alive():
             raise ResourceBusyError(f"{self._name}: the web server has ended")
 
-    def _take_present(self, connection: ssl.SSLObject, _name: str | None, _listening: ssl.SSLContext) -> None:
-        """Let a connection that begins show, and believe, what the files have now."""
-        if self._renewed is not None:
-            connection.context = self._renewed.context()
-
     def stop(self) -> None:
         """Let open requests end, for a while."""
         self._server.should_exit = True
@@ -96,3 +90,8 @@ class WebServer:
         except SystemExit:
             # uvicorn leaves so when it cannot listen; the thread's end says it.
             return
+
+
+def _take_present(renewed: Renewed, connection: ssl.SSLObject, _name: str | None, _listening: ssl.SSLContext) -> None:
+    """Let a connection that begins show, and believe, what the files have now."""
+    connection.context = renewed.context()

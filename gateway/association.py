@@ -20,6 +20,7 @@ from clarion.errors import StoreUnavailableError
 from gateway.association_log import ENDED
 from gateway.commitments import MAX_DATA_SET_BYTES, read_report, read_request
 from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
+from gateway.statuses import CLASS_NOT_SUPPORTED
 from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STORAGE_COMMITMENT, is_storage, negotiate, refusal_of
 from gateway.wire.commands import number, uid
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _NOT_AUTHORISED = 0x0124
-_CLASS_NOT_SUPPORTED = 0x0122
 _UNRECOGNISED_OPERATION = 0x0211
 _RESOURCE_LIMITATION = 0x0213
 # A request is one record of the journal.
@@ -350,10 +350,10 @@ class Association:
         if not self._admission.may_store:
             return self._refused(_NOT_AUTHORISED, "not a source of instances")
         if not is_storage(self._abstract_syntax):
-            return self._refused(_CLASS_NOT_SUPPORTED, "not on a context of a Storage SOP Class")
+            return self._refused(CLASS_NOT_SUPPORTED, "not on a context of a Storage SOP Class")
         refusal = refusal_of(sop_class_uid, accepts_private=self._config.accept_private_sop_classes)
         if refusal:
-            return self._refused(_CLASS_NOT_SUPPORTED, refusal)
+            return self._refused(CLASS_NOT_SUPPORTED, refusal)
         return self._intake.begin(
             Arrival(
                 sop_class_uid=sop_class_uid,

@@ -21,7 +21,7 @@ from clarion.crashpoints import effect
 from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
 from gateway import journal, tables
-from gateway.segments import FREED, MOST_READY
+from gateway.segments import FREED, MOST_READY, ready
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,7 +187,7 @@ class Compactor:
         path = segment_path(folder, segment.number)
         self._keep_ends(folder, segment.number)
         with effect("segment.free"):
-            if len(list(folder.glob(f"{FREED}*"))) >= MOST_READY:
+            if len(ready(folder)) >= MOST_READY:
                 path.unlink()
             else:
                 path.rename(folder / f"{FREED}{path.name}")

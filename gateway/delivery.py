@@ -118,8 +118,9 @@ class DeliveryStage:
     def _is_its_hour(self, delivery: Delivery, now: datetime) -> bool:
         """Tell whether it need not wait: what was sent is verified at any time, what a person took up sent at once."""
         destination = self._destinations.get(delivery.destination.lower())
-        at_any_time = destination is None or delivery.state == SENT or delivery.reason == BY_A_PERSON
-        return at_any_time or is_open(destination.schedule, now)  # type: ignore[union-attr]  # not None here
+        if destination is None or delivery.state == SENT or delivery.reason == BY_A_PERSON:
+            return True
+        return is_open(destination.schedule, now)
 
     def _start(self, name: str, target: Callable[[list[Any]], None], work: list[Any]) -> None:
         """Work something off in a thread of its own, unless one by that name does, or there is no room for it."""

@@ -66,8 +66,7 @@ class JournalWriter:
         self._closed = False
         self._segment: Segment | None = None
         self._appended = time.monotonic()
-        sizes = [segment_path(folder, number).stat().st_size for number in journal.segments(folder)]
-        self.filled = sum(size > SEGMENT_BYTES // 2 for size in sizes)
+        self.filled = count_filled(folder)
         """How many segments of the log have been filled, about."""
         try:
             self._end = _CommittedEnd(folder)
@@ -171,6 +170,12 @@ class _CommittedEnd:
     def close(self) -> None:
         self._number.release()
         self._map.close()
+
+
+def count_filled(folder: Path) -> int:
+    """Count the segments of a log that have been filled, about."""
+    sizes = [segment_path(folder, number).stat().st_size for number in journal.segments(folder)]
+    return sum(size > SEGMENT_BYTES // 2 for size in sizes)
 
 
 def recover(folder: Path) -> tuple[dict[int, int], dict[int, list[int]]]:

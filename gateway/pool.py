@@ -65,14 +65,13 @@ class Pool:
         """
         with self._lock:
             self._used[destination.name] += 1
+        lent: Lent | None = None
         try:
             lent = Lent(self, destination, classes)
-            try:
-                yield lent
-            except BaseException:  # whatever it was, the association is in no state to be used again
+            yield lent
+        except BaseException:  # whatever it was, the association is in no state to be used again
+            if lent is not None:
                 lent.abort()
-                raise
-        except BaseException:  # whatever it was, it is no longer in use
             with self._lock:
                 self._used[destination.name] -= 1
             raise

@@ -17,7 +17,7 @@ import structlog
 
 from clarion.adapters.files import sync_folder
 from clarion.crashpoints import effect
-from gateway.segments import FREED, MOST_READY, SEGMENT_BYTES
+from gateway.segments import FREED, MOST_READY, SEGMENT_BYTES, ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,12 +61,14 @@ class Preparer:
                 return
 
     def _is_wanted(self) -> bool:
+        return self._may_write() and len(ready(self._journal.folder)) < MOST_READY
+
+    def _may_write(self) -> bool:
         return (
             not self._stopped.is_set()
             and self._journal.idle_s() > IDLE_S
             and self._journal.filled > 0
             and self._room(_PLENTY_BYTES)
-            and len(list(self._journal.folder.glob(f"{FREED}*"))) < MOST_READY
         )
 
     def _prepare(self) -> None:
@@ -88,7 +90,7 @@ class Preparer:
         size = os.fstat(file).st_size // _STEP_BYTES * _STEP_BYTES
         with mmap.mmap(-1, _STEP_BYTES) as zeros:  # aligned, as writing past the cache has to be
             while size < SEGMENT_BYTES:
-                if not self._is_wanted():
+                if not self._may_write():
                     return False
                 with effect("segment.zeros"):
                     size += os.pwrite(file, zeros, size)

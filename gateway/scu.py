@@ -15,6 +15,7 @@ from clarion.elements import EXPLICIT_LE, IMPLICIT_LE, Walker
 from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError
 from gateway.commitments import Report, make_report, make_request, read_report
 from gateway.encoding import encode
+from gateway.statuses import CLASS_NOT_SUPPORTED
 from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STORAGE_COMMITMENT, VERIFICATION
 from gateway.wire.dialogue import Dialogue, DialogueError, Message
@@ -30,7 +31,6 @@ _COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"
 _PLAIN = (EXPLICIT_LE, IMPLICIT_LE)
 _PERMANENT = 0x01
 _SUCCESS = 0x0000
-CLASS_NOT_SUPPORTED = 0x0122
 _UNRECOGNISED_OPERATION = 0x0211
 _PROCESSING_FAILURE = 0x0110
 _PENDING = frozenset((0xFF00, 0xFF01))

@@ -163,6 +163,11 @@ class Segment:
         os.close(self._file)
 
 
+def ready(folder: Path) -> list[Path]:
+    """Give the files of a log that wait to be written over."""
+    return list(folder.glob(f"{FREED}*"))
+
+
 def take_freed(folder: Path) -> Path | None:
     """Give a file of the log that nothing is wanted of any more, to be written over; None if there is none."""
-    return next(folder.glob(f"{FREED}*"), None)
+    return next(iter(ready(folder)), None)

@@ -23,8 +23,7 @@ from clarion.errors import (
     describe,
 )
 from gateway.pool import UnreachedError
-from gateway.scu import CLASS_NOT_SUPPORTED
-from gateway.statuses import NO_ANSWER, UNSENDABLE, Outcome, classify
+from gateway.statuses import CLASS_NOT_SUPPORTED, NO_ANSWER, UNSENDABLE, Outcome, classify
 from gateway.transcode import FALLBACKS, convert
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ NO_ANSWER = -1
 UNSENDABLE = -2
 """Stands for an instance that we cannot send: missing, damaged, or in a transfer syntax that the peer refuses."""
 
+CLASS_NOT_SUPPORTED = 0x0122
+
 
 class Outcome(enum.StrEnum):
     """What to do about an instance after its status."""
@@ -19,7 +21,7 @@ class Outcome(enum.StrEnum):
 
 
 _WARNINGS = {0xB000: "coercion of data elements", 0xB006: "elements discarded", 0xB007: "data set does not match class"}
-_PERMANENT = frozenset((0x0122, 0x0124, UNSENDABLE))
+_PERMANENT = frozenset((CLASS_NOT_SUPPORTED, 0x0124, UNSENDABLE))
 _REFUSED, _MISMATCH, _CANNOT_UNDERSTAND = 0xA7, 0xA9, 0xC
 
 

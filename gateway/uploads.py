@@ -18,6 +18,7 @@ from clarion.errors import InvalidInstanceError
 from clarion.model import is_uid
 from gateway.intake import CANNOT_UNDERSTAND, SUCCESS, Answer, Arrival
 from gateway.multipart import Multipart, MultipartError, parameters_of
+from gateway.statuses import CLASS_NOT_SUPPORTED
 from gateway.wire.acceptance import refusal_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MOST_INSTANCES = 10_000
-_CLASS_NOT_SUPPORTED = 0x0122
 _PREAMBLE = 132
 # The group length, and where its value and what it counts begin (PS3.10 7.1).
 _GROUP_LENGTH, _VALUE_AT, _COUNTED_FROM = b"\x02\x00\x00\x00UL\x04\x00", 140, 144
@@ -175,7 +175,7 @@ class Upload:
         )
         refusal = refusal_of(sop_class, accepts_private=self._config.accept_private_sop_classes)
         if refusal:
-            self._refuse(_CLASS_NOT_SUPPORTED, refusal)
+            self._refuse(CLASS_NOT_SUPPORTED, refusal)
             return
         self._reception = self._intake.begin(self._arrival)
         self._write(memoryview(bytes(self._head[end:])))

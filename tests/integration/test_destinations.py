@@ -360,6 +360,16 @@ class Service:
         self._server.server_close()
 
 
+def settled(service: Service, root: Path) -> tuple[Rig, Any]:
+    """Have a delivery sent to a service to its end, and close that."""
+    try:
+        rig = Rig(root, 1, destination=web(service.url))
+        rig.request()
+        return rig, rig.settle()
+    finally:
+        service.close()
+
+
 def result(uid: str, reason: int | None = None) -> dict[str, Any]:
     item: dict[str, Any] = {"00081155": {"vr": "UI", "Value": [uid]}}
     if reason is not None:
@@ -419,12 +429,7 @@ def test_http_statuses(status: int, tries: int, said: str, tmp_path: Path) -> No
     Bites: take a service's 404, which a restart of it answers, for one of the instances: they are never sent again.
     """
     service = Service(*[(status, None)] * 5)
-    try:
-        rig = Rig(tmp_path, 1, destination=web(service.url))
-        rig.request()
-        row = rig.settle()
-    finally:
-        service.close()
+    rig, row = settled(service, tmp_path)
     assert (row.state, len(service.asked)) == ("failed", tries)
     assert said in row.reason + str(notes(rig))
 
@@ -433,12 +438,7 @@ def test_one_that_a_service_does_not_like_does_not_take_the_others_with_it(tmp_p
     """413 for the batch, and for one of the four: three are stored. Bites: call all of them unsendable."""
     taken = [(200, answer([f"1.2.3.{number}"], {})) for number in (0, 1, 3)]
     service = Service((413, None), taken[0], taken[1], (413, None), taken[2])
-    try:
-        rig = Rig(tmp_path, 1, destination=web(service.url))
-        rig.request()
-        row = rig.settle()
-    finally:
-        service.close()
+    rig, row = settled(service, tmp_path)
     assert row.state == "failed"
     assert row.reason.startswith("1 of 4 instances; first 1.2.3.2: cannot be sent")
     assert sorted(one for one in notes(rig) if "HTTP" in one) == ["HTTP 413"]
