@@ -25,7 +25,7 @@ from support.world import free_port
 from clarion.dicom import split_part10
 from clarion.model import ObjectRef
 from gateway import tables
-from gateway.journal_writer import count_filled
+from gateway.journal import segments
 from gateway.segments import MOST_READY, ready
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
 
 def _is_prepared(log: Path) -> bool:
     """Tell whether a log that has filled a segment has as many ready as it may."""
-    return not count_filled(log) or len(ready(log)) >= MOST_READY
+    return len(segments(log)) == 1 or len(ready(log)) >= MOST_READY
 
 
 def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:

@@ -21,6 +21,7 @@ EFFECTS = (
     "store.sync",
     "store.publish",
     "journal.write",
+    "journal.writeblocks",
     "journal.sync",
     "journal.rotate",
     "segment.free",

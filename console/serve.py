@@ -22,7 +22,7 @@ SUPERVISED_BY = "CLARION_SUPERVISED_BY"
 DRAIN_S = 30.0
 # A sender waits for intake and for nobody else: what works off what it took leaves the processors to it.
 BEHIND_INTAKE = frozenset(("grouping", "streams", "orchestrator", "delivery", "relay"))
-_NICE = 10
+_NICE = 19
 """How long a stage may drain before it is killed."""
 
 

@@ -149,7 +149,8 @@ class Supervisor:
             env={**os.environ, SUPERVISED_BY: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stderr=self._log_file,
-            start_new_session=True,
+            # No session of its own: the kernel shares out processors by session, and nice values would say nothing.
+            process_group=0,
         )
 
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ from clarion.crashpoints import effect, reach
 from clarion.errors import StoreUnavailableError
 from gateway.association_log import ENDED
 from gateway.commitments import MAX_DATA_SET_BYTES, read_report, read_request
-from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival
+from gateway.intake import CANNOT_UNDERSTAND, PROCESSING_FAILURE, SUCCESS, Answer, Arrival, Reception
 from gateway.statuses import CLASS_NOT_SUPPORTED
 from gateway.wire import commands, pdu
 from gateway.wire.acceptance import STORAGE_COMMITMENT, is_storage, negotiate, refusal_of
@@ -280,11 +280,24 @@ class Association:
 
     def take_data(self, piece: memoryview) -> None:
         """Take a piece of a data set."""
-        self._size += len(piece)
-        if self._size > self._max_bytes:
-            raise PduError(pdu.NOT_SPECIFIED, "a data set above gateway.scp.max_instance_gb")
+        self._count(len(piece))
         if self._message is not None:
             self._message.write(piece)
+
+    def room(self) -> memoryview | None:
+        """Give where the next piece of the data set is to lie, if it can be received there."""
+        return self._message.room() if isinstance(self._message, Reception) else None
+
+    def placed(self, count: int) -> None:
+        """So much of the data set has been received into the last `room`."""
+        self._count(count)
+        if isinstance(self._message, Reception):
+            self._message.placed(count)
+
+    def _count(self, count: int) -> None:
+        self._size += count
+        if self._size > self._max_bytes:
+            raise PduError(pdu.NOT_SPECIFIED, "a data set above gateway.scp.max_instance_gb")
 
     def end_data(self) -> None:
         """Answer the message whose data set is complete."""

@@ -49,6 +49,7 @@ log = structlog.get_logger()
 READER = "grouping"
 # A write transaction is kept short: so many records, or so long; and so long for reading objects before it.
 _BATCH = 500
+_FEW = 64
 _BATCH_S = 0.05
 _PREPARE_S = 0.25
 _LOOK_AT_CLOCK = 16
@@ -102,6 +103,8 @@ class Grouping:
         self._registry = registry
         self._records = Records(registry)
         self._taken = 0
+        # So many records are read at a time: no more than there is time to take.
+        self._most = _BATCH
         self._committed = 0.0
         self._backlog = _Backlog()
         # Where an object could not be read, how often, and since when.
@@ -118,7 +121,7 @@ class Grouping:
             self._doorbell.sleeps()
             entries = self._read()
         oldest = next((one.time for one in entries if one.kind != journal.DAMAGED), None)
-        self._backlog = _Backlog(len(entries), oldest, len(entries) == _BATCH)
+        self._backlog = _Backlog(len(entries), oldest, len(entries) == self._most)
         if not entries:
             return self._judge_waiting(now) or self._compactor.step()
         known = self._known(entries)
@@ -128,8 +131,9 @@ class Grouping:
             taken = self._take_all(connection, prepared, {uid for uid, _ in known}, moved)
             self._keep_positions(connection, moved)
         self._ring()
-        if taken < _BATCH // 2:
+        if taken < self._most // 2:
             self._committed = time.monotonic()
+        self._most = max(_FEW, taken) if taken < len(entries) else min(_BATCH, self._most + self._most // 8)
         self._taken += taken
         self._backlog.records -= taken
         return True
@@ -209,10 +213,10 @@ class Grouping:
         """Give the next records of all logs, by the time they were journalled, as far as each log has been read."""
         positions = self._positions()
         read = [
-            journal.read(self._folder / log, positions.get(log, journal.START), _BATCH)
+            journal.read(self._folder / log, positions.get(log, journal.START), self._most)
             for log in journal.logs(self._folder)
         ]
-        return list(itertools.islice(heapq.merge(*read, key=lambda one: one.time), _BATCH))
+        return list(itertools.islice(heapq.merge(*read, key=lambda one: one.time), self._most))
 
     def _positions(self) -> dict[str, journal.Position]:
         table = tables.journal_positions

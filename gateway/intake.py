@@ -18,6 +18,7 @@ from clarion import digests
 from clarion.errors import InvalidInstanceError, StoreUnavailableError
 from clarion.model import UNKNOWN_STUDY, is_uid
 from clarion.scanning import scan
+from gateway.blocks import BlockBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,22 +84,21 @@ class Intake:
         self.space = space
         self._ignored = ignored_classes
         # Buffers of data sets that are being collected, to be used again: their pages are there already.
-        self._spare: list[bytearray] = []
+        self._spare: list[BlockBuffer] = []
         self._made = 0
         self._lending = threading.Lock()
 
-    def lend(self) -> bytearray | None:
+    def lend(self) -> BlockBuffer | None:
         """Give a buffer for a data set of up to COLLECTED_BYTES; None when enough are in use: it goes to a file."""
         with self._lending:
             if self._spare:
                 return self._spare.pop()
             if self._made >= _MOST_BUFFERS:
                 return None
-            buffer = bytearray(COLLECTED_BYTES)
             self._made += 1
-        return buffer
+        return BlockBuffer(COLLECTED_BYTES)
 
-    def give_back(self, buffer: bytearray) -> None:
+    def give_back(self, buffer: BlockBuffer) -> None:
         """Take a buffer back."""
         with self._lending:
             self._spare.append(buffer)
@@ -153,6 +153,19 @@ class Reception:
         self._refused: Answer | None = None
         self.size = 0
 
+    def room(self) -> memoryview | None:
+        """Give where the next piece can be put by whoever has it; None while it cannot. `placed` is to follow."""
+        if self._refused is not None or self._buffer is None or self.size >= COLLECTED_BYTES:
+            return None
+        return self._buffer.data[self.size :]
+
+    def placed(self, count: int) -> None:
+        """So much has been put into the last `room`."""
+        if self._buffer is not None:
+            self._digest.update(self._buffer.data[self.size : self.size + count])
+        self.size += count
+        self._kept = self.size
+
     def write(self, piece: bytes | memoryview) -> None:
         """Take the next piece; it may be overwritten afterwards. Never raises: `finish` says what went wrong."""
         self.size += len(piece)
@@ -164,7 +177,7 @@ class Reception:
                 self._write_file(self._file, piece)
                 return
             if self._buffer is not None and self.size <= COLLECTED_BYTES:
-                self._buffer[self.size - len(piece) : self.size] = piece
+                self._buffer.data[self.size - len(piece) : self.size] = piece
                 self._kept = self.size
             elif not self._ignored:
                 self._spill(piece)
@@ -200,7 +213,7 @@ class Reception:
         self._file = self._intake.store.receive()
         before = self.size - len(piece)
         if self._buffer is not None:
-            self._write_file(self._file, memoryview(self._buffer)[:before])
+            self._write_file(self._file, self._buffer.data[:before])
             self._intake.give_back(self._buffer)
             self._buffer = None
         self._write_file(self._file, piece)
@@ -208,7 +221,7 @@ class Reception:
     @property
     def _collected(self) -> memoryview:
         """What lies in memory: all of a small data set, the beginning of an ignored one."""
-        return memoryview(self._buffer or b"")[: self._kept]
+        return memoryview(b"") if self._buffer is None else self._buffer.data[: self._kept]
 
     def _write_file(self, file: IncomingFile, piece: bytes | memoryview) -> None:
         file.write(piece)
@@ -266,7 +279,7 @@ class Reception:
             ref = self._file.keep(digest)
             self._intake.journal.append(kind, {**fields, "object": asdict(ref)})
         elif self.size:
-            self._intake.journal.append(kind, {**fields, "object": {"digest": digest}}, self._collected)
+            self._intake.journal.append(kind, {**fields, "object": {"digest": digest}}, self._collected, self._buffer)
         else:
             self._intake.journal.append(kind, {**fields, "object": None})
 

@@ -5,6 +5,9 @@ segment, so that what an older use left in a recycled file is never taken for a 
 JSON and, for an instance of up to a mebibyte, its data set: the record is then the object. The first record of a
 segment says where the segments before it end. Any number of processes read, up to the committed end and never beyond:
 what lies behind it was written, and perhaps is not synced.
+
+A record that was written past the page cache fills whole blocks: it says how many bytes it leaves out before it and
+before its data set, so that a block begins with each, and how many behind it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Self
 import structlog
 from blake3 import blake3
 
-from clarion.adapters.objects import segment_location, segment_path
+from clarion.adapters.objects import offset_of, segment_location, segment_path
+from gateway.blocks import BLOCK_BYTES, to_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +39,14 @@ MAX_BODY_BYTES = 2**20
 # So much of a data set comes with its record: the header of nearly every one.
 HEAD_BYTES = 16 * 2**10
 _WINDOW = 64 * 2**10
-# Magic, seal of all that follows and the body, segment, sequence, microseconds since 1970, lengths of body and data.
-_HEAD = struct.Struct("<4s8sQQQII")
+# How far is read at once where instances are large: to the end of a head, seldom into the next record.
+_STRIDE = 24 * 2**10
+# Magic, seal of all that follows and the body, segment, sequence, microseconds since 1970, lengths of body and data, of
+# what is left out before the record, before the data and behind.
+_HEAD = struct.Struct("<4s8sQQQIIHHH")
+HEAD_LENGTH = _HEAD.size
 _SEALED_FROM = 12
-_MAGIC = b"CLJ2"
+_MAGIC = b"CLJ3"
 # A segment begins with a key of its own, that no peer knows: bytes of a data set never pass for a record.
 _KEY_MAGIC = b"CLK2"
 KEY_BYTES = 32
@@ -68,14 +76,15 @@ START = Position(1, 0)
 class Entry:
     """One record: when it was journalled, its kind, its fields, the log it is from and the position after it.
 
-    `begin` is the offset in its segment. `head` is the beginning of the data set that lies in the record, at most
-    HEAD_BYTES; empty if none does.
+    `begin` is the offset in its segment, `since` that of the end of the record before. `head` is the beginning of the
+    data set that lies in the record, at most HEAD_BYTES; empty if none does.
     """
 
     time: datetime
     kind: str
     fields: dict[str, Any]
     log: str
+    since: int
     begin: int
     after: Position
     head: bytes = b""
@@ -86,10 +95,23 @@ def encode_key(key: bytes) -> bytes:
     return _KEY_MAGIC + key
 
 
-def encode(key: bytes, segment: int, sequence: int, time: datetime, body: bytes, data_bytes: int) -> bytes:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a record is to be, and how many bytes are left out before it, before its data and behind it."""
+
+    segment: int
+    sequence: int
+    before: int = 0
+    within: int = 0
+    behind: int = 0
+
+
+def encode(key: bytes, place: Place, time: datetime, body: bytes, data_bytes: int) -> bytes:
     """Make the head of a record."""
     microseconds = (time - _EPOCH) // timedelta(microseconds=1)
-    rest = _HEAD.pack(_MAGIC, b"", segment, sequence, microseconds, len(body), data_bytes)[_SEALED_FROM:]
+    left_out = place.before, place.within, place.behind
+    numbers = place.segment, place.sequence, microseconds, len(body), data_bytes
+    rest = _HEAD.pack(_MAGIC, b"", *numbers, *left_out)[_SEALED_FROM:]
     return _MAGIC + _seal(key, rest + body) + rest
 
 
@@ -194,7 +216,7 @@ class SegmentFile:
         self._log = folder.name
         self._number = number
         self._file = os.open(segment_path(folder, number), os.O_RDONLY)
-        self._window, self._from = b"", 0
+        self._window, self._from, self._reach = b"", 0, _WINDOW
         self._size = os.fstat(self._file).st_size
         beginning = os.pread(self._file, FIRST_OFFSET, 0)
         whole = len(beginning) == FIRST_OFFSET and beginning.startswith(_KEY_MAGIC)
@@ -210,15 +232,15 @@ class SegmentFile:
         """Give the records between two offsets; what is no whole record there, and not known to be torn, is damage."""
         offset = max(offset, FIRST_OFFSET)
         while offset < limit:
-            entry = None if offset in torn else self.entry(offset, limit)
-            if entry is None:
-                after = self._next_whole(offset, limit)
-                if offset not in torn:
-                    yield self._damaged(offset, after, limit)
-                offset = after
-            else:
+            entry = self.entry(offset, limit)
+            begin = offset if entry is None else entry.begin
+            if entry is not None and begin not in torn:
                 offset = entry.after.offset
                 yield entry
+            else:
+                offset = self._next_whole(begin, limit)
+                if begin not in torn:
+                    yield self._damaged(begin, offset, limit)
 
     def whole(self, offset: int, limit: int) -> Iterator[Entry]:
         """Give the whole records between two offsets, whatever lies between them."""
@@ -235,24 +257,39 @@ class SegmentFile:
 
     def data(self, entry: Entry) -> bytes:
         """Read the data set that lies in a record."""
-        size = entry.fields["object"]["size_bytes"]
-        return os.pread(self._file, size, entry.after.offset - size)
+        described = entry.fields["object"]
+        return os.pread(self._file, described["size_bytes"], offset_of(described["location"]))
 
     def entry(self, offset: int, limit: int) -> Entry | None:
-        """Decode the record at an offset; None where no whole record of this segment begins."""
+        """Decode the record at an offset, or the one that leaves out the bytes from there to the block it begins with.
+
+        None where no whole record of this segment begins.
+        """
+        entry = self._decode(offset, limit)
+        if entry is None and offset % BLOCK_BYTES:
+            entry = self._decode(to_blocks(offset), limit)
+            if entry is not None and entry.since != offset:
+                return None
+        return entry
+
+    def _decode(self, offset: int, limit: int) -> Entry | None:
         at = self._at(offset, _HEAD.size)
         if self._key is None or len(self._window) - at < _HEAD.size:
             return None
-        magic, seal, number, _, microseconds, body_bytes, data_bytes = _HEAD.unpack_from(self._window, at)
-        end = offset + _HEAD.size + body_bytes + data_bytes
-        if magic != _MAGIC or number != self._number or body_bytes > MAX_BODY_BYTES or end > min(limit, self._size):
+        magic, seal, number, _, microseconds, body_bytes, data_bytes, *left_out = _HEAD.unpack_from(self._window, at)
+        before, within, behind = left_out
+        body_end = offset + _HEAD.size + body_bytes
+        end = body_end + within + data_bytes
+        after = end + behind
+        if magic != _MAGIC or number != self._number or body_bytes > MAX_BODY_BYTES or after > min(limit, self._size):
             return None
         head_bytes = min(data_bytes, HEAD_BYTES)
-        at = self._at(offset, _HEAD.size + body_bytes + head_bytes)
+        at = self._at(offset, body_end - offset + within + head_bytes)
         begin = at + _HEAD.size + body_bytes
         sealed = memoryview(self._window)[at + _SEALED_FROM : begin]
         if len(sealed) != _HEAD.size + body_bytes - _SEALED_FROM or _seal(self._key, sealed) != seal:
             return None
+        self._reach = _WINDOW if after - offset < _WINDOW else _STRIDE
         fields = json.loads(self._window[at + _HEAD.size : begin])
         if data_bytes:
             fields["object"]["location"] = segment_location(self._log, self._number, end - data_bytes)
@@ -262,15 +299,16 @@ class SegmentFile:
             kind=fields.pop("kind"),
             fields=fields,
             log=self._log,
+            since=offset - before,
             begin=offset,
-            after=Position(self._number, end),
-            head=self._window[begin : begin + head_bytes],
+            after=Position(self._number, after),
+            head=self._window[begin + within : begin + within + head_bytes],
         )
 
     def _at(self, offset: int, wanted: int) -> int:
         """Have `wanted` bytes from an offset on in the window, as far as there are any; give their place in it."""
         if offset < self._from or offset + wanted > self._from + len(self._window):
-            self._window, self._from = os.pread(self._file, max(wanted, _WINDOW), offset), offset
+            self._window, self._from = os.pread(self._file, max(wanted, self._reach), offset), offset
         return offset - self._from
 
     def _next_whole(self, offset: int, limit: int) -> int:
@@ -294,4 +332,4 @@ class SegmentFile:
         following = self.entry(after, limit) if after < limit else None
         time = following.time if following is not None else _EPOCH
         place = Position(self._number, after)
-        return Entry(time=time, kind=DAMAGED, fields=fields, log=self._log, begin=offset, after=place)
+        return Entry(time=time, kind=DAMAGED, fields=fields, log=self._log, since=offset, begin=offset, after=place)

@@ -7,6 +7,7 @@ record where the ones before end, so that what a crash left behind the end is ne
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import secrets
@@ -21,6 +22,7 @@ from clarion.adapters.objects import segment_path
 from clarion.digests import agrees
 from clarion.errors import ResourceBusyError, StoreUnavailableError
 from gateway import journal
+from gateway.blocks import BLOCK_BYTES, to_blocks
 from gateway.journal import Position
 from gateway.segments import SEGMENT_BYTES, Segment, take_freed
 
@@ -32,8 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from clarion.ports import Clock
+    from gateway.blocks import BlockBuffer
 
 log = structlog.get_logger()
+
+# Smaller ones are as fast through the cache, together with those beside them.
+_PAST_CACHE_BYTES = 64 * 2**10
 
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
@@ -64,6 +70,7 @@ class JournalWriter:
         self._sequence = 0
         self._key = b""
         self._closed = False
+        self._past_cache = True
         self._segment: Segment | None = None
         self._appended = time.monotonic()
         self.filled = count_filled(folder)
@@ -79,16 +86,25 @@ class JournalWriter:
             self._lock_file.close()
             raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
 
-    def append(self, kind: str, fields: dict[str, Any], data: Buffer = b"") -> datetime:
-        """Write a record, `data` in it; durable on return. Gives the record's time. Raises StoreUnavailableError."""
+    def append(
+        self, kind: str, fields: dict[str, Any], data: Buffer = b"", lying_in: BlockBuffer | None = None
+    ) -> datetime:
+        """Write a record, `data` in it; durable on return. Gives the record's time. Raises StoreUnavailableError.
+
+        What lies at the beginning of a BlockBuffer is written past the page cache where that pays.
+        """
         body = _encode({"kind": kind, **fields}).encode()
         if len(body) > journal.MAX_BODY_BYTES:
             raise StoreUnavailableError(f"a journal record of {len(body)} bytes is too large")
         try:
             try:
-                return self._append(body, data)
+                if not self._past_cache or len(data) < _PAST_CACHE_BYTES:  # type: ignore[arg-type]  # as below
+                    lying_in = None
+                return self._append(body, data, lying_in)
             except OSError as error:
                 log.warning("journal.again", reason=error.strerror)
+                # The disk may want blocks of another size.
+                self._past_cache = self._past_cache and not (lying_in is not None and error.errno == errno.EINVAL)
                 return self._append(body, data)
         except OSError as error:
             raise StoreUnavailableError(f"the journal cannot be written: {error.strerror}") from error
@@ -107,22 +123,42 @@ class JournalWriter:
             self._lock_file.close()
             self._end.close()
 
-    def _append(self, body: bytes, data: Buffer) -> datetime:
+    def _append(self, body: bytes, data: Buffer, lying_in: BlockBuffer | None = None) -> datetime:
         with self._writing:
             if self._closed:
                 raise StoreUnavailableError("the journal has been closed")
-            segment = self._usable(len(body) + len(data))  # type: ignore[arg-type]  # bytes or a bytearray
+            segment = self._usable(len(body) + len(data) + 3 * BLOCK_BYTES)  # type: ignore[arg-type]  # bytes or like it
             now = self._clock.now()
             self._appended = time.monotonic()
-            end = self._write(segment, now, body, data)
+            record = self._frame(segment, now, body, len(data), lying_in) if lying_in is not None else None  # type: ignore[arg-type]  # as above
+            end = self._write(segment, now, body, data) if record is None else segment.reserve(len(record))
+        if record is not None:
+            segment.write_blocks(record, end)  # others write behind it meanwhile
         segment.sync(end)
         self._on_commit()
         return now
 
     def _write(self, segment: Segment, now: datetime, body: bytes, data: Buffer) -> int:
         self._sequence += 1
-        head = journal.encode(self._key, segment.number, self._sequence, now, body, len(data))  # type: ignore[arg-type]  # as above
+        place = journal.Place(segment=segment.number, sequence=self._sequence)
+        head = journal.encode(self._key, place, now, body, len(data))  # type: ignore[arg-type]  # as above
         return segment.write((head, body, data) if data else (head, body))
+
+    def _frame(self, segment: Segment, now: datetime, body: bytes, size: int, buffer: BlockBuffer) -> memoryview | None:
+        """Make the record whole blocks, for the next place in the segment; None if that takes none, or none so long."""
+        front = to_blocks(journal.HEAD_LENGTH + len(body))
+        if not (buffer.takes(front) and segment.takes_blocks(front + to_blocks(size))):
+            return None
+        self._sequence += 1
+        place = journal.Place(
+            segment=segment.number,
+            sequence=self._sequence,
+            before=segment.gap,
+            within=front - journal.HEAD_LENGTH - len(body),
+            behind=to_blocks(size) - size,
+        )
+        head = journal.encode(self._key, place, now, body, size)
+        return buffer.frame((head + body).ljust(front, b"\0"), size)
 
     def _usable(self, size: int) -> Segment:
         """Give the segment to append to: the present one, or a new one when it is broken or full."""
@@ -210,15 +246,19 @@ def settle(folder: Path, clock: Clock) -> None:
 
 def _recover_one(folder: Path, number: int) -> tuple[int, list[int]]:
     """Find the end of the last whole record, and the offsets of those before it whose data set is not whole."""
-    end, torn = 0, []
+    end, torn, expected = 0, [], journal.FIRST_OFFSET
     size = segment_path(folder, number).stat().st_size
     with journal.SegmentFile(folder, number) as file:
         for entry in file.whole(0, size):
+            if entry.since != expected:
+                torn.append(expected)  # not even its head came to the disk, but what was written behind it did
+            expected = entry.after.offset
             if entry.head and not agrees(file.data(entry), entry.fields["object"]["digest"]):
                 torn.append(entry.begin)
             else:
                 end = entry.after.offset
         file.sync()
+    torn = [one for one in torn if one < end]
     if end < size:
-        log.info("journal.recovered", log=folder.name, segment=number, end=end)
-    return end, [one for one in torn if one < end]
+        log.info("journal.recovered", log=folder.name, segment=number, end=end, torn=len(torn))
+    return end, torn

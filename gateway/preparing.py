@@ -6,7 +6,6 @@ What is prepared is a file as one that was freed: the log's writer takes it when
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from clarion.adapters.files import sync_folder
+from clarion.adapters.files import open_past_cache, sync_folder
 from clarion.crashpoints import effect
 from gateway.segments import FREED, MOST_READY, SEGMENT_BYTES, ready
 
@@ -102,9 +101,5 @@ class Preparer:
 def _open(path: Path) -> int:
     """Open a file past the page cache: zeros that nobody reads would only push out what somebody will."""
     flags = os.O_CREAT | os.O_WRONLY
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o600)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    return os.open(path, flags, 0o600)  # some file systems have no other way
+    file = open_past_cache(path, flags)
+    return file if file >= 0 else os.open(path, flags, 0o600)

@@ -60,11 +60,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def worker_count(config: ScpConfig) -> int:
-    """Give how many workers there are: as configured, else one for every two cores, four at most.
-
-    The other cores work off what came; and of few associations on one disk more share a sync in one worker.
-    """
-    return config.workers or max(1, min(4, (os.cpu_count() or 1) // 2))
+    """Give how many workers there are: as configured, else one for every core, four at most."""
+    return config.workers or min(4, os.cpu_count() or 1)
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ Every function may be called again with the same record: what is known is passed
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -219,7 +219,8 @@ def _as_sent(known: Instance, entry: journal.Entry) -> Instance:
 def row_of(instance: Instance, state: str, reason: str) -> dict[str, Any]:
     """Make the row of an instance that is new."""
     values = {name: getattr(instance, name) for name in Instance.__dataclass_fields__}
-    described = {"received": instance.received.isoformat(), "object": asdict(instance.object)}
+    place = {name: getattr(instance.object, name) for name in ObjectRef.__dataclass_fields__}
+    described = {"received": instance.received.isoformat(), "object": place}
     return {**values, **described, "state": state, "reason": reason, "conflicted": False}
 
 

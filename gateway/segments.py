@@ -12,9 +12,10 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from clarion.adapters.files import sync_folder
+from clarion.adapters.files import open_past_cache, sync_folder
 from clarion.adapters.objects import segment_path
 from clarion.crashpoints import effect
+from gateway.blocks import to_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,10 +35,11 @@ _SMALL_BYTES = 64 * 2**10
 
 
 class Segment:
-    """The file being appended to: `write` is called under the writer's lock, `sync` by any thread.
+    """The file being appended to: `write` and `reserve` are called under the writer's lock, the others by any thread.
 
-    A write or sync that fails breaks the segment: nobody appends behind torn bytes, and nobody syncs again what the
-    kernel has already reported as lost. `on_synced` is told how far the segment is synced, in order.
+    What is reserved is then written past the page cache, beside others; a sync counts up to the first that is not
+    written yet. A write or sync that fails breaks the segment: nobody appends behind torn bytes, and nobody syncs again
+    what the kernel has already reported as lost. `on_synced` is told how far the segment is synced, in order.
     """
 
     def __init__(self, folder: Path, number: int, ready: Path | None, on_synced: Callable[[int, int], None]) -> None:
@@ -49,6 +51,8 @@ class Segment:
         self._mutex = threading.Lock()
         self._leading = False
         self._waiting: list[tuple[int, threading.Lock]] = []
+        # What is reserved and being written: by its end, where what lies before it ends.
+        self._filling: dict[int, int] = {}
         # How far the file's blocks have been written, by this use of it or an older one.
         self._laid = 0 if ready is None else ready.stat().st_size
         path = segment_path(folder, number)
@@ -58,6 +62,7 @@ class Segment:
             self._file = os.open(path, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if ready is None else 0), 0o600)
             try:
                 sync_folder(folder)
+                self._past_cache = -1 if ready is None else open_past_cache(path, os.O_WRONLY)
             except OSError:
                 os.close(self._file)
                 raise
@@ -78,6 +83,43 @@ class Segment:
             raise
         self.size = offset + wanted
         return self.size
+
+    @property
+    def gap(self) -> int:
+        """How many bytes are left out before a record of whole blocks."""
+        return to_blocks(self.size) - self.size
+
+    def takes_blocks(self, count: int) -> bool:
+        """Tell whether so many bytes, whole blocks, may be written past the cache, over blocks written before."""
+        return self._past_cache >= 0 and self.size + self.gap + count <= self._laid
+
+    def reserve(self, count: int) -> int:
+        """Keep a place behind the gap for what `write_blocks` must then write; give the offset of its end."""
+        with self._mutex:
+            end = self.size + self.gap + count
+            self._filling[end] = self.size
+            self.size = end
+        return end
+
+    def write_blocks(self, record: memoryview, end: int) -> None:
+        """Write what was reserved."""
+        done, begin = 0, end - len(record)
+        try:
+            with effect("journal.writeblocks"):
+                while done < len(record):
+                    done += os.pwrite(self._past_cache, record[done:], begin + done)
+        except BaseException:
+            self.broken = True
+            raise
+        finally:
+            with self._mutex:
+                del self._filling[end]
+            if self.broken:
+                self._wake_all()
+
+    def _written(self) -> int:
+        """Give up to where everything is written. Called with the mutex."""
+        return min(self._filling.values(), default=self.size)
 
     def _wake_all(self) -> None:
         """Have everybody look again: the segment is broken."""
@@ -113,7 +155,7 @@ class Segment:
         with self._mutex:
             if self.synced >= end or self.broken:
                 gate = threading.Lock()
-            elif self._leading:
+            elif self._leading or self._written() < end:
                 gate = threading.Lock()
                 gate.acquire()
                 self._waiting.append((end, gate))
@@ -123,7 +165,8 @@ class Segment:
         return gate
 
     def _lead(self) -> None:
-        mark = self.size
+        with self._mutex:
+            mark = self._written()
         try:
             with effect("journal.sync"):
                 os.fdatasync(self._file)
@@ -141,8 +184,12 @@ class Segment:
             self._leading = False
             rest = [] if self.broken else [one for one in self._waiting if one[0] > mark]
             woken = self._waiting if self.broken else [one for one in self._waiting if one[0] <= mark]
-            self._waiting = rest[1:]
-            woken = [*woken, *rest[:1]]
+            # Who waits for what is still being written leaves it to those who write.
+            following = next((one for one in rest if one[0] <= self._written()), None)
+            if following is not None:
+                rest.remove(following)
+                woken = [*woken, following]
+            self._waiting = rest
         for _, gate in woken:
             gate.release()
 
@@ -153,7 +200,7 @@ class Segment:
         self.broken = True
         while True:
             with self._mutex:
-                if not self._leading:
+                if not self._leading and not self._filling:
                     break
                 gate = threading.Lock()
                 gate.acquire()
@@ -161,6 +208,8 @@ class Segment:
             gate.acquire()
         self._let_go(self.synced)
         os.close(self._file)
+        if self._past_cache >= 0:
+            os.close(self._past_cache)
 
 
 def ready(folder: Path) -> list[Path]:

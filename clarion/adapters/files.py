@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -20,6 +21,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_past_cache(path: Path, flags: int) -> int:
+    """Open a file that is written past the page cache, in whole blocks; -1 where the file system has no such way."""
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return -1
+        raise
 
 
 def make_folder(folder: Path) -> Path:

@@ -43,6 +43,11 @@ def segment_location(log: str, number: int, offset: int) -> str:
     return f"segment:{log}/{number}/{offset}"
 
 
+def offset_of(location: str) -> int:
+    """Give the offset that `segment_location` was made of."""
+    return int(location.rpartition("/")[2])
+
+
 def unavailable(error: OSError) -> StoreUnavailableError:
     """Say what is wrong with the disk."""
     kind = "full" if error.errno in _FULL else "not writable"

@@ -5,6 +5,7 @@ On the embedded bus this table is the bus; with Kafka a relay copies it, in orde
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +111,7 @@ def _traceparent(connection: sa.Connection, record: Record, cause: str) -> str:
     return f"00-{trace}-{record.headers['ce_id'].replace('-', '')[:16]}-01"
 
 
+@functools.lru_cache(1024)
 def trace_of(subject: str) -> str:
     """Give the trace id that a subject begins."""
     return derive("trace", subject).replace("-", "")

@@ -7,6 +7,7 @@ live in the parser, so a PDU may be cut anywhere. Nothing a peer can send makes 
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 128 * 1024
 # Peers that count the headers of PDV and PDU otherwise are borne.
 _TOLERANCE = 12
+# Such a PDV is received where it is to lie; and with it no more than what begins the next one. Where a data set had
+# one, no more is received of what follows than a command set.
+_LONG_BYTES = 32 * 1024
+_NEXT_BYTES = pdu.HEADER.size + pdu.PDV.size
+_COMMAND_BYTES = 512
 _OTHER_PDU = 4
 
 
@@ -53,6 +59,12 @@ class Sink(Protocol):
     def take_data(self, piece: memoryview) -> None:
         """Take a piece of the data set that follows the last command set."""
 
+    def room(self) -> memoryview | None:
+        """Give where the next piece of the data set is to lie, if it can be received there."""
+
+    def placed(self, count: int) -> None:
+        """So much of the data set has been received into the last `room`."""
+
     def end_data(self) -> None:
         """The data set is complete."""
 
@@ -74,6 +86,7 @@ class Stream:
         self._sink = sink
         self._deadlines = deadlines
         self._stopping = stopping
+        self._scatters = not isinstance(connection, ssl.SSLSocket)
         self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -81,6 +94,8 @@ class Stream:
         self._pdu_left = self._pdv_left = 0
         self._context = self._control = 0
         self._inside = False
+        # Whether the present PDV is long; whether one of this data set was, and of the last.
+        self._long = self._had_long = self._expects_long = False
         self._command = bytearray()
         self._command_context = 0
         self._data_context = 0
@@ -152,6 +167,8 @@ class Stream:
         self._pdv_left = length - 2
         self._check_order(context, control)
         self._context, self._control, self._inside = context, control, True
+        self._long = self._pdv_left >= _LONG_BYTES
+        self._had_long |= self._long
         return True
 
     def _check_order(self, context: int, control: int) -> None:
@@ -190,6 +207,7 @@ class Stream:
             self._data_context = self._context if self._sink.begin(self._context, command) else 0
         else:
             self._data_context = 0
+            self._expects_long, self._had_long = self._had_long, False
             self._sink.end_data()
 
     def _fill(self) -> bool:
@@ -205,7 +223,6 @@ class Stream:
         if unfinished:
             self._pace.begin()
         count = self._receive(self._deadlines.stall_s if unfinished else self._deadlines.idle_s)
-        self._end += count
         if unfinished and self._pace.is_slow(count):
             raise StalledError("stalled")
         return count > 0
@@ -214,7 +231,7 @@ class Stream:
         since = time.monotonic()
         while not self._stopping():
             try:
-                count = self._connection.recv_into(self._view[self._end :])
+                count = self._receive_once()
             except OSError as error:
                 if not has_timed_out(error):
                     return 0
@@ -225,3 +242,25 @@ class Stream:
                 self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 return count
         return 0
+
+    def _receive_once(self) -> int:
+        room = self._room()
+        if room is None:
+            most = self._end + _COMMAND_BYTES if self._expects_long and not self._had_long else BUFFER_BYTES
+            count = self._connection.recv_into(self._view[self._end : most])
+            self._end += count
+            return count
+        count = self._connection.recvmsg_into([room, self._view[:_NEXT_BYTES]])[0]
+        placed = min(count, len(room))
+        self._pdv_left -= placed
+        self._end = count - placed
+        if placed:
+            self._sink.placed(placed)
+        return count
+
+    def _room(self) -> memoryview | None:
+        """Give where the rest of the present PDV can be received, past the buffer."""
+        if self._end or not self._inside or not self._long or self._control & pdu.COMMAND or not self._scatters:
+            return None
+        room = self._sink.room()
+        return room[: self._pdv_left] if room else None

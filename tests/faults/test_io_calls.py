@@ -29,7 +29,7 @@ from gateway.journal_writer import JournalWriter
 from gateway.space import Space
 
 INSTANCES = 20
-CALLS = ("pwritev", "write", "fdatasync", "fsync", "open", "rename", "replace")
+CALLS = ("pwritev", "pwrite", "write", "fdatasync", "fsync", "open", "rename", "replace")
 
 
 class FailingOs:
@@ -52,6 +52,8 @@ class FailingOs:
             if self.fault == "short" and name == "pwritev":
                 whole = b"".join(arguments[1])
                 return real(arguments[0], [whole[: max(1, len(whole) // 3)]], arguments[2])
+            if self.fault == "short" and name == "pwrite":
+                return real(arguments[0], arguments[1][: len(arguments[1]) // 3 // 4096 * 4096], arguments[2])
             if self.fault == "short" and name == "write":
                 return real(arguments[0], bytes(arguments[1])[: max(1, len(arguments[1]) // 3)])
             if self.fault == "short":
@@ -62,7 +64,9 @@ class FailingOs:
 
 
 def receive_all(root: Path) -> dict[str, bytes]:
-    """Receive twenty data sets, every fifth a large one; give those that were told success."""
+    """Receive twenty data sets, some large, some past the page cache; give those that were told success."""
+    (root / "journal" / "w0").mkdir(parents=True)
+    (root / "journal" / "w0" / f"{segments.FREED}1").write_bytes(bytes(2**20))
     space = Space(root, IntakeConfig(watermark_percent=100, reserve_gb=0))
     store = FileStore(root / "objects")
     writer = JournalWriter(root / "journal" / "w0", SystemClock())
@@ -70,7 +74,7 @@ def receive_all(root: Path) -> dict[str, bytes]:
     told: dict[str, bytes] = {}
     for number in range(INSTANCES):
         uid = f"1.2.{number + 1}"
-        data = data_set(uid, COLLECTED_BYTES + 100 if number % 5 == 4 else 500)
+        data = data_set(uid, {4: COLLECTED_BYTES + 100, 2: 100_000}.get(number % 5, 500))
         reception = intake.begin(Arrival(
             sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, calling_ae="A", called_ae="B",
             association="x",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -180,6 +181,15 @@ def test_every_json_can_be_read(refused: tuple[System, str]) -> None:
     assert clarion("delivery", "retry", "nobody", cwd=system.root).returncode == 1
     assert clarion("delivery", "retry", cwd=system.root).returncode == 2
     assert clarion("study", "show", "1.2.3", cwd=system.root).returncode == 1
+
+
+def test_what_is_behind_intake_leaves_the_processors_to_it(refused: tuple[System, str]) -> None:
+    """Bites: give each stage a session of its own, and the kernel shares out processors whatever they are worth."""
+    pids = {one: refused[0].supervisor.pid_of(one) for one in ("intake", "grouping", "streams", "delivery")}
+    worth = {one: os.getpriority(os.PRIO_PROCESS, pid) for one, pid in pids.items()}
+    assert worth == {"intake": os.getpriority(os.PRIO_PROCESS, 0), "grouping": 19, "streams": 19, "delivery": 19}
+    assert {os.getsid(pid) for pid in pids.values()} == {os.getsid(0)}
+    assert [os.getpgid(pid) for pid in pids.values()] == list(pids.values()), "a signal of the terminal is not for them"
 
 
 def test_second_instance_on_the_same_data_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class ListJournal:
         self.data: list[bytes] = []
         self.broken = False
 
-    def append(self, kind: str, fields: dict[str, Any], data: bytes = b"") -> None:
+    def append(self, kind: str, fields: dict[str, Any], data: bytes = b"", _: object = None) -> None:
         if self.broken:
             raise StoreUnavailableError("no")
         self.records.append((kind, fields))

@@ -246,7 +246,7 @@ def test_a_turned_bit_costs_one_record(place: int, size: int, folder: Path) -> N
     path = segment_path(folder, 1)
     whole = bytearray(path.read_bytes())
     third = whole.find(b'"number":3,')
-    whole[whole.rfind(b"CLJ2", 0, third) + place] ^= 4
+    whole[whole.rfind(b"CLJ3", 0, third) + place] ^= 4
     path.write_bytes(bytes(whole))
     position, seen, damaged = START, [], 0
     while entries := list(journal.read(folder, position, 7)):
@@ -303,7 +303,13 @@ def test_a_data_set_cannot_pass_for_records(folder: Path) -> None:
     """A sender who knows the format puts records into his pixels; a crash within the write leaves them in the open."""
     writer = JournalWriter(folder, ManualClock(MOMENT))
     body = b'{"kind":"commitment","peer":"PACS","transaction_uid":"1","stored":[],"failed":[]}'
-    forged = b"".join(journal.encode(key, 1, 7, MOMENT, body, 0) + body for key in (bytes(32), b"x" * 32)) * 20
+    forged = (
+        b"".join(
+            journal.encode(key, journal.Place(segment=1, sequence=7), MOMENT, body, 0) + body
+            for key in (bytes(32), b"x" * 32)
+        )
+        * 20
+    )
     writer.append("stored", {"object": {"digest": digest_of(forged)}}, forged)
     path = segment_path(folder, 1)
     begin = next(iter(journal.read(folder, START, 1))).begin

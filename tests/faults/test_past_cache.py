@@ -1,0 +1,251 @@
+"""Records that are written past the page cache, several at once: read as any, none acknowledged before those before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.world import pause
+
+from clarion import crashpoints
+from clarion.adapters.memory import ManualClock
+from clarion.adapters.objects import FileStore, segment_path
+from clarion.digests import digest_of
+from clarion.errors import StoreUnavailableError
+from clarion.model import ObjectRef
+from clarion.testing.suites import MOMENT
+from gateway import journal, segments
+from gateway.blocks import BLOCK_BYTES, BlockBuffer
+from gateway.journal_writer import JournalWriter
+from gateway.segments import FREED, Segment
+
+LARGEST = 300_000
+THREADS, EACH = 6, 25
+
+
+def data_of(number: int) -> bytes:
+    """Every third is small: through the cache, beside the others."""
+    size = 1 + number * 37 % 900 if number % 3 == 0 else 64 * 2**10 + number * 7919 % (LARGEST - 64 * 2**10)
+    return random.Random(number).randbytes(size)
+
+
+def append(writer: JournalWriter, number: int, buffer: BlockBuffer) -> None:
+    data = data_of(number)
+    buffer.data[: len(data)] = data
+    fields = {"number": number, "object": {"digest": digest_of(data)}}
+    writer.append("stored", fields, buffer.data[: len(data)], buffer)
+
+
+def append_from_threads(writer: JournalWriter) -> tuple[set[int], int]:
+    """Append from several threads; give the numbers that were told success, and how many were not."""
+    told: set[int] = set()
+    refused: list[int] = []
+
+    def work(first: int) -> None:
+        buffer = BlockBuffer(LARGEST)
+        for number in range(first, first + EACH):
+            try:
+                append(writer, number, buffer)
+            except StoreUnavailableError:
+                refused.append(number)
+            else:
+                told.add(number)
+
+    threads = [threading.Thread(target=work, args=(index * EACH,)) for index in range(THREADS)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+        assert not one.is_alive()
+    return told, len(refused)
+
+
+def stored(folder: Path) -> list[journal.Entry]:
+    """Read the log; every data set in it is what it was."""
+    store = FileStore(folder.parent.parent / "objects")
+    entries = list(journal.read(folder, journal.START, 10**6))
+    assert {one.kind for one in entries} <= {"stored"}, "damage where nothing was damaged"
+    for one in entries:
+        data = data_of(one.fields["number"])
+        assert store.read(ObjectRef(**one.fields["object"])) == data
+        assert one.head == data[: journal.HEAD_BYTES]
+    return entries
+
+
+def ready(folder: Path, count: int, size: int = segments.SEGMENT_BYTES) -> None:
+    """Make files to be written over, full of what an older use left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        (folder / f"{FREED}{number}").write_bytes(b"old rest" * (size // 8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "journal" / "w0"
+    ready(folder, 1)
+    return folder
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what is written past the cache."""
+    sizes: list[int] = []
+    real = os.pwrite
+
+    def pwrite(file: int, data: Any, offset: int) -> int:
+        assert not offset % BLOCK_BYTES
+        sizes.append(len(data))
+        return real(file, data, offset)
+
+    monkeypatch.setattr(segments.os, "pwrite", pwrite)
+    return sizes
+
+
+def test_what_several_wrote_at_once_is_read_as_any(folder: Path, written: list[int]) -> None:
+    """Bites: do not say what is left out before a record, and reading finds damage there."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    told, refused = append_from_threads(writer)
+    assert not refused
+    large = [one for one in stored(folder) if one.fields["object"]["size_bytes"] >= 64 * 2**10]
+    assert len(written) == len(large) > THREADS * EACH // 2
+    assert all(one.begin % BLOCK_BYTES == 0 for one in large)
+    assert len([one for one in large if one.since != one.begin]) > 5, "none follows a small one"
+    writer.close()
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    assert {one.fields["number"] for one in stored(folder)} == told
+    writer.close()
+
+
+def test_a_new_file_is_written_through_the_cache(tmp_path: Path, written: list[int]) -> None:
+    folder = tmp_path / "journal" / "w0"
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    append(writer, 1, BlockBuffer(LARGEST))
+    assert written == []
+    assert len(stored(folder)) == 1
+    writer.close()
+
+
+def faulty(rng: random.Random, real: Callable[..., int]) -> Callable[..., int]:
+    def pwrite(file: int, data: memoryview, offset: int) -> int:
+        kind = rng.random()
+        if kind < 0.1:
+            real(file, data[: len(data) // 2 // BLOCK_BYTES * BLOCK_BYTES], offset)
+            raise OSError(errno.EIO, "Input/output error")
+        if kind < 0.3:
+            return real(file, data[:BLOCK_BYTES], offset)
+        return real(file, data, offset)
+
+    return pwrite
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_told_success_is_lost_when_writes_fail(
+    seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F05. Bites: sync up to the last that was reserved, whether or not those before it are written."""
+    ready(folder, 20, 2**20)
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    monkeypatch.setattr(segments.os, "pwrite", faulty(random.Random(seed), os.pwrite))
+    told, refused = append_from_threads(writer)
+    monkeypatch.undo()
+    assert len(told) + refused == THREADS * EACH
+    assert refused < 10, "each is written anew, through the cache; it fails when another one fails beside that as well"
+    assert len(journal.segments(folder)) > 3
+    assert {one.fields["number"] for one in stored(folder)} >= told
+    writer.close()
+
+
+def test_a_disk_that_wants_other_blocks_is_asked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def pwrite(file: int, data: memoryview, offset: int) -> int:
+        asked.append(offset)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    ready(folder, 3)
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    monkeypatch.setattr(segments.os, "pwrite", pwrite)
+    for number in range(12):
+        append(writer, number, BlockBuffer(LARGEST))
+    assert len(asked) == 1
+    assert [one.fields["number"] for one in stored(folder)] == list(range(12))
+    writer.close()
+
+
+def test_no_success_before_what_lies_before_is_written(folder: Path) -> None:
+    """Bites: a sync counts up to its own record."""
+    synced: list[int] = []
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda _, offset: synced.append(offset))
+    buffer = BlockBuffer(LARGEST)
+    first = segment.write([b"x" * 100])
+    record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
+    end = segment.reserve(len(record))
+    after = segment.write([b"y" * 100])
+    waiting = threading.Thread(target=segment.sync, args=(after,))
+    waiting.start()
+    segment.sync(first)
+    pause(0.2)
+    assert waiting.is_alive()
+    assert synced == [first]
+    segment.write_blocks(record, end)
+    segment.sync(end)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert segment.synced >= after
+    segment.retire()
+
+
+@pytest.mark.parametrize("torn", ["head", "data", "all"])
+@pytest.mark.parametrize("number", [1, 4])
+def test_what_a_power_cut_left_half_written_is_passed_over(torn: str, number: int, folder: Path) -> None:
+    """It was not acknowledged, and what was written beside it is there. Bites: take the hole for damage."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    buffer = BlockBuffer(LARGEST)
+    for one in range(8):
+        append(writer, one, buffer)
+    entries = stored(folder)
+    writer.close()
+    victim = entries[number]
+    assert victim.begin % BLOCK_BYTES == 0
+    data_at = victim.after.offset - len(data_of(number)) // BLOCK_BYTES * BLOCK_BYTES - BLOCK_BYTES
+    begin = victim.begin if torn in {"head", "all"} else data_at
+    end = victim.begin + BLOCK_BYTES if torn == "head" else victim.after.offset
+    with segment_path(folder, victim.after.segment).open("r+b") as file:
+        file.seek(begin)
+        file.write(b"\xee" * (end - begin))
+    # As it was when the victim was being written.
+    place = journal.Position(victim.after.segment, victim.since)
+    journal.committed_path(folder).write_bytes(journal.pack_end(place).to_bytes(8, "little").ljust(4096, b"\0"))
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    append(writer, 9, buffer)
+    assert [one.fields["number"] for one in stored(folder)] == [*(one for one in range(8) if one != number), 9]
+    writer.close()
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_killed_while_writing(side: str, folder: Path) -> None:
+    """Bites: acknowledge before the blocks are written."""
+    told = folder / "told"
+    pid = os.fork()
+    if pid == 0:
+        writer = JournalWriter(folder, ManualClock(MOMENT))
+        crashpoints.arm(f"{side}:journal.writeblocks#7")
+        buffer = BlockBuffer(LARGEST)
+        for number in range(30):
+            append(writer, number, buffer)
+            with told.open("a") as file:
+                file.write(f"{number}\n")
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), "the point was not reached"
+    acknowledged = [int(line) for line in told.read_text().split()]
+    JournalWriter(folder, ManualClock(MOMENT)).close()
+    found = [one.fields["number"] for one in stored(folder)]
+    assert found[: len(acknowledged)] == acknowledged
+    assert len(found) <= len(acknowledged) + 1
