@@ -12,6 +12,7 @@ from clarion.definitions import read_definition
 from clarion.errors import ConfigError, InvalidPipelineError
 from clarion.loading import check_package_names
 from gateway.access import matches
+from gateway.journal import refuse_other_formats
 from gateway.registry import load_registry
 from gateway.wire.secure import acceptor_context, requestor_context
 from orchestrator.pipelines import read_pipeline
@@ -56,6 +57,7 @@ def check_config(path: Path, *, certificates: bool = True) -> Checked:
     if located.faults:
         raise ConfigError([f"{place}: {what}" for place, what in located.faults])
     refuse_network_file_system(config.data)
+    refuse_other_formats(config.data / "journal")
     return Checked(path=path, config=config, definitions=definitions)
 
 

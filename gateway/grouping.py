@@ -322,8 +322,8 @@ class Grouping:
         try:
             with connection.begin_nested():
                 self._records.set_aside(connection, entry, reason)
-        except DBAPIError as error:
-            if may_pass(error):
+        except Exception as error:
+            if isinstance(error, DBAPIError) and may_pass(error):
                 raise
             log.error("record.refused", kind=entry.kind, error=describe(error))  # noqa: TRY400  no foreign text
             place = {"segment": entry.after.segment, "offset": entry.begin}

@@ -96,7 +96,12 @@ class Intake:
             if self._made >= _MOST_BUFFERS:
                 return None
             self._made += 1
-        return BlockBuffer(COLLECTED_BYTES)
+        try:
+            return BlockBuffer(COLLECTED_BYTES)
+        except OSError:
+            with self._lending:
+                self._made -= 1
+            return None
 
     def give_back(self, buffer: BlockBuffer) -> None:
         """Take a buffer back."""
@@ -212,10 +217,12 @@ class Reception:
         """Go on in a file: the data set is large."""
         self._file = self._intake.store.receive()
         before = self.size - len(piece)
-        if self._buffer is not None:
-            self._write_file(self._file, self._buffer.data[:before])
-            self._intake.give_back(self._buffer)
-            self._buffer = None
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            try:
+                self._write_file(self._file, buffer.data[:before])
+            finally:
+                self._intake.give_back(buffer)
         self._write_file(self._file, piece)
 
     @property

@@ -25,6 +25,7 @@ import structlog
 from blake3 import blake3
 
 from clarion.adapters.objects import offset_of, segment_location, segment_path
+from clarion.errors import ConfigError
 from gateway.blocks import BLOCK_BYTES, to_blocks
 
 if TYPE_CHECKING:
@@ -41,14 +42,15 @@ HEAD_BYTES = 16 * 2**10
 _WINDOW = 64 * 2**10
 # How far is read at once where instances are large: to the end of a head, seldom into the next record.
 _STRIDE = 24 * 2**10
-# Magic, seal of all that follows and the body, segment, sequence, microseconds since 1970, lengths of body and data, of
-# what is left out before the record, before the data and behind.
+# The beginning of the key, seal of all that follows and the body, segment, sequence, microseconds since 1970, lengths
+# of body and data, of what is left out before the record, before the data and behind.
 _HEAD = struct.Struct("<4s8sQQQIIHHH")
 HEAD_LENGTH = _HEAD.size
 _SEALED_FROM = 12
-_MAGIC = b"CLJ3"
-# A segment begins with a key of its own, that no peer knows: bytes of a data set never pass for a record.
-_KEY_MAGIC = b"CLK2"
+# A segment begins with a key of its own, that no peer knows: bytes of a data set never pass for a record, nor for the
+# beginning of one.
+_KEY_MAGIC = b"CLK3"
+_MAGIC_BYTES = 4
 KEY_BYTES = 32
 FIRST_OFFSET = len(_KEY_MAGIC) + KEY_BYTES
 _END = struct.Struct("=Q")
@@ -111,8 +113,8 @@ def encode(key: bytes, place: Place, time: datetime, body: bytes, data_bytes: in
     microseconds = (time - _EPOCH) // timedelta(microseconds=1)
     left_out = place.before, place.within, place.behind
     numbers = place.segment, place.sequence, microseconds, len(body), data_bytes
-    rest = _HEAD.pack(_MAGIC, b"", *numbers, *left_out)[_SEALED_FROM:]
-    return _MAGIC + _seal(key, rest + body) + rest
+    rest = _HEAD.pack(b"", b"", *numbers, *left_out)[_SEALED_FROM:]
+    return key[:_MAGIC_BYTES] + _seal(key, rest + body) + rest
 
 
 def _seal(key: bytes, data: Buffer) -> bytes:
@@ -127,6 +129,17 @@ def logs(journal: Path) -> list[str]:
 def segments(folder: Path) -> list[int]:
     """Give the numbers of a log's segments."""
     return sorted(int(path.stem) for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def refuse_other_formats(journal: Path) -> None:
+    """Raise ConfigError for a journal that another version wrote: what it acknowledged would pass for a torn end."""
+    for log_name in logs(journal):
+        for number in segments(journal / log_name)[-1:]:
+            path = segment_path(journal / log_name, number)
+            with path.open("rb") as file:
+                magic = file.read(len(_KEY_MAGIC))
+            if magic != _KEY_MAGIC and magic.startswith(_KEY_MAGIC[:3]):
+                raise ConfigError([f"data: {path} was written by another version of Clarion; run that one, or move it"])
 
 
 def committed_path(folder: Path) -> Path:
@@ -281,7 +294,9 @@ class SegmentFile:
         body_end = offset + _HEAD.size + body_bytes
         end = body_end + within + data_bytes
         after = end + behind
-        if magic != _MAGIC or number != self._number or body_bytes > MAX_BODY_BYTES or after > min(limit, self._size):
+        if magic != self._key[:_MAGIC_BYTES] or number != self._number:
+            return None
+        if body_bytes > MAX_BODY_BYTES or after > min(limit, self._size):
             return None
         head_bytes = min(data_bytes, HEAD_BYTES)
         at = self._at(offset, body_end - offset + within + head_bytes)
@@ -314,22 +329,23 @@ class SegmentFile:
     def _next_whole(self, offset: int, limit: int) -> int:
         """Find the next whole record behind an offset; the limit if there is none."""
         at = offset + 1
-        while at < limit:
+        while at < limit and self._key is not None:
+            magic = self._key[:_MAGIC_BYTES]
             chunk = os.pread(self._file, min(MAX_BODY_BYTES, limit - at), at)
-            found = chunk.find(_MAGIC)
+            found = chunk.find(magic)
             while found >= 0:
-                if self.entry(at + found, limit) is not None:
+                if self._decode(at + found, limit) is not None:
                     return at + found
-                found = chunk.find(_MAGIC, found + 1)
-            if len(chunk) < len(_MAGIC):
+                found = chunk.find(magic, found + 1)
+            if len(chunk) < len(magic):
                 break
-            at += len(chunk) - len(_MAGIC) + 1
+            at += len(chunk) - len(magic) + 1
         return limit
 
     def _damaged(self, offset: int, after: int, limit: int) -> Entry:
         fields = {"segment": self._number, "offset": offset, "skipped_bytes": after - offset}
         log.error("journal.damaged", log=self._log, **fields)
-        following = self.entry(after, limit) if after < limit else None
+        following = self._decode(after, limit) if after < limit else None
         time = following.time if following is not None else _EPOCH
         place = Position(self._number, after)
         return Entry(time=time, kind=DAMAGED, fields=fields, log=self._log, since=offset, begin=offset, after=place)

@@ -122,7 +122,7 @@ class Segment:
         return min(self._filling.values(), default=self.size)
 
     def _wake_all(self) -> None:
-        """Have everybody look again: the segment is broken."""
+        """Have everybody look again: the segment is broken. Whose a sync under way may be waits on for it."""
         with self._mutex:
             woken, self._waiting = self._waiting, []
         for _, gate in woken:
@@ -143,17 +143,17 @@ class Segment:
                 gate.acquire()
 
     def _is_done(self, end: int) -> bool:
-        broken = self.broken  # first: one that is retired is synced before it is marked
-        if self.synced >= end:
-            return True
-        if broken:
-            raise OSError(errno.EIO, "the segment was given up")
+        with self._mutex:
+            if self.synced >= end:
+                return True
+            if self.broken and not self._leading:
+                raise OSError(errno.EIO, "the segment was given up")
         return False
 
     def _wait_or_lead(self, end: int) -> threading.Lock | None:
         """Give the lock to wait on, or None when the caller is to sync."""
         with self._mutex:
-            if self.synced >= end or self.broken:
+            if self.synced >= end or (self.broken and not self._leading):
                 gate = threading.Lock()
             elif self._leading or self._written() < end:
                 gate = threading.Lock()
@@ -166,7 +166,8 @@ class Segment:
 
     def _lead(self) -> None:
         with self._mutex:
-            mark = self._written()
+            # What failed meanwhile is not being written any more, and is not written either.
+            mark = self.synced if self.broken else self._written()
         try:
             with effect("journal.sync"):
                 os.fdatasync(self._file)
@@ -206,7 +207,6 @@ class Segment:
                 gate.acquire()
                 self._waiting.append((0, gate))
             gate.acquire()
-        self._let_go(self.synced)
         os.close(self._file)
         if self._past_cache >= 0:
             os.close(self._past_cache)

@@ -6,6 +6,7 @@ follows is what `Intake` keeps. An instance is durable when its part has ended; 
 
 from __future__ import annotations
 
+import threading
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -68,6 +69,8 @@ class Upload:
         self._sender = sender
         self._intake = intake
         self._config = config
+        # A request that is cancelled is abandoned while a thread may still be at it.
+        self._turn = threading.Lock()
         self._max_bytes = int(config.max_instance_gb * 1e9)
         self._body = Multipart(boundary, self)
         self.results: list[Result] = []
@@ -80,21 +83,24 @@ class Upload:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the body."""
-        self.size += len(data)
-        self._body.feed(data)
+        with self._turn:
+            self.size += len(data)
+            self._body.feed(data)
 
     def finish(self) -> list[Result]:
         """The body has ended: give what became of its parts, in order."""
-        self._body.close()
-        self._ended("released")
+        with self._turn:
+            self._body.close()
+            self._ended("released")
         return self.results
 
     def abandon(self, reason: str) -> None:
         """The request will not be completed; the client is told of nothing, and what is durable stays so."""
-        if self._reception is not None:
-            self._reception.abandon()
-            self._reception = None
-        self._ended(reason)
+        with self._turn:
+            if self._reception is not None:
+                self._reception.abandon()
+                self._reception = None
+            self._ended(reason)
 
     def _ended(self, reason: str) -> None:
         studies: dict[str, tuple[int, int]] = {}

@@ -167,8 +167,10 @@ class Stream:
         self._pdv_left = length - 2
         self._check_order(context, control)
         self._context, self._control, self._inside = context, control, True
-        self._long = self._pdv_left >= _LONG_BYTES
-        self._had_long |= self._long
+        if not control & pdu.COMMAND:
+            self._long = self._pdv_left >= _LONG_BYTES
+            self._had_long |= self._long
+            self._expects_long &= self._long
         return True
 
     def _check_order(self, context: int, control: int) -> None:

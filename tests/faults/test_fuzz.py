@@ -4,9 +4,11 @@ thorough one says: no data set that is cut passes for a whole one."""
 from __future__ import annotations
 
 import random
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.data import real
@@ -145,3 +147,35 @@ def test_bent_uploads_are_answered_and_nothing_that_is_cut_passes(tmp_path: Path
     for one in kept:
         data = store.read(ObjectRef(**one.fields["object"]))
         assert read_header(data, EXPLICIT).fault is None
+
+
+def test_an_upload_is_abandoned_when_nobody_is_at_it_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request may be cancelled while a thread writes its part. Bites: take the buffer from under it."""
+    journal = JournalWriter(tmp_path / "journal" / "stow", SystemClock())
+    space = Space(tmp_path, IntakeConfig(watermark_percent=100, reserve_gb=0))
+    intake = Intake(store=FileStore(tmp_path / "objects"), journal=journal, space=space, ignored_classes={})
+    part = part10(data_set("1.2.1", 5000), sop_class_uid=CT, sop_instance_uid="1.2.1", transfer_syntax_uid=EXPLICIT)
+    upload = Upload("b", Client(calling_ae="A", called_ae="B"), intake, ScpConfig())
+    writing, go_on, real = threading.Event(), threading.Event(), journal.append
+
+    def append(kind: str, *arguments: Any) -> Any:
+        if kind == "stored":
+            writing.set()
+            go_on.wait(10)
+        return real(kind, *arguments)
+
+    monkeypatch.setattr(journal, "append", append)
+    body = b"--b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n--b--\r\n" % part
+    feeding = threading.Thread(target=upload.feed, args=(body,))
+    feeding.start()
+    assert writing.wait(10)
+    leaving = threading.Thread(target=upload.abandon, args=("cancelled",))
+    leaving.start()
+    leaving.join(0.2)
+    assert leaving.is_alive()
+    go_on.set()
+    for one in (feeding, leaving):
+        one.join(10)
+        assert not one.is_alive()
+    kinds = [one.kind for one in read_journal(tmp_path / "journal" / "stow", START, 10)]
+    assert kinds == ["stored", "ended"]

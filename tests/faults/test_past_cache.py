@@ -201,6 +201,66 @@ def test_no_success_before_what_lies_before_is_written(folder: Path) -> None:
     segment.retire()
 
 
+def test_a_sync_under_way_does_not_take_in_what_failed_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bites: look only at what is being written, and what has just failed counts as written."""
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
+    buffer = BlockBuffer(LARGEST)
+    before = segment.write([b"x" * 100])
+    record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
+    end = segment.reserve(len(record))
+    assert segment._wait_or_lead(before) is None, "it is to lead the sync"
+
+    def pwrite(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(segments.os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="Input"):
+        segment.write_blocks(record, end)
+    segment._lead()
+    assert segment.synced == 0
+    with pytest.raises(OSError, match="given up"):
+        segment.sync(before)
+    segment.retire()
+
+
+def test_a_sync_under_way_is_waited_for_when_another_write_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be theirs. Bites: have them write once more what is committed in a moment, and an event comes twice."""
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
+    first = segment.write([b"x" * 100])
+    going, may_end, real = threading.Event(), threading.Event(), os.fdatasync
+
+    def fdatasync(file: int) -> None:
+        going.set()
+        may_end.wait(10)
+        real(file)
+
+    monkeypatch.setattr(segments.os, "fdatasync", fdatasync)
+    outcomes: list[str] = []
+
+    def sync() -> None:
+        try:
+            segment.sync(first)
+            outcomes.append("synced")
+        except OSError as error:
+            outcomes.append(str(error))
+
+    leading = threading.Thread(target=sync)
+    leading.start()
+    assert going.wait(10)
+    following = threading.Thread(target=sync)
+    following.start()
+    monkeypatch.setattr(segments.os, "pwritev", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input")))
+    with pytest.raises(OSError, match="Input"):
+        segment.write([b"y" * 100])
+    pause(0.1)
+    may_end.set()
+    for one in (leading, following):
+        one.join(10)
+        assert not one.is_alive()
+    assert outcomes == ["synced", "synced"]
+    segment.retire()
+
+
 @pytest.mark.parametrize("torn", ["head", "data", "all"])
 @pytest.mark.parametrize("number", [1, 4])
 def test_what_a_power_cut_left_half_written_is_passed_over(torn: str, number: int, folder: Path) -> None:

@@ -17,7 +17,7 @@ from support.world import pause
 from clarion.adapters.memory import ManualClock
 from clarion.adapters.objects import FileStore, segment_path
 from clarion.digests import digest_of
-from clarion.errors import StoreUnavailableError
+from clarion.errors import ConfigError, StoreUnavailableError
 from clarion.model import ObjectRef
 from clarion.testing.suites import MOMENT
 from gateway import journal, segments
@@ -246,7 +246,7 @@ def test_a_turned_bit_costs_one_record(place: int, size: int, folder: Path) -> N
     path = segment_path(folder, 1)
     whole = bytearray(path.read_bytes())
     third = whole.find(b'"number":3,')
-    whole[whole.rfind(b"CLJ3", 0, third) + place] ^= 4
+    whole[whole.rfind(whole[4:8], 0, third) + place] ^= 4
     path.write_bytes(bytes(whole))
     position, seen, damaged = START, [], 0
     while entries := list(journal.read(folder, position, 7)):
@@ -364,3 +364,37 @@ def test_a_record_whose_data_set_is_torn_is_not_read(folder: Path) -> None:
     again = JournalWriter(folder, ManualClock(MOMENT))
     again.append("stored", _fields(9), _data(9))
     assert numbers(folder) == [3, 6, 9]
+
+
+def test_the_journal_of_another_version_is_refused(folder: Path) -> None:
+    """Bites: start on it, and what it acknowledged passes for a torn end."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    writer.append("stored", {"number": 1})
+    writer.close()
+    journal.refuse_other_formats(folder.parent)
+    path = segment_path(folder, 1)
+    path.write_bytes(b"CLK2" + path.read_bytes()[4:])
+    with pytest.raises(ConfigError, match="another version"):
+        journal.refuse_other_formats(folder.parent)
+
+
+def test_bytes_made_like_records_cost_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sender puts into his pixels is not even looked at. Bites: look for what anybody knows."""
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    place = journal.Place(segment=1, sequence=1)
+    forged = journal.encode(bytes(32), place, MOMENT, b"{}", 0)
+    data = forged * 5000
+    fields = {"number": 1, "object": {"digest": digest_of(data)}}
+    writer.append("stored", fields, data)
+    writer.close()
+    looked: list[int] = []
+    real = journal.SegmentFile._decode
+
+    def decode(self: Any, offset: int, limit: int) -> Any:
+        looked.append(offset)
+        return real(self, offset, limit)
+
+    monkeypatch.setattr(journal.SegmentFile, "_decode", decode)
+    with journal.SegmentFile(folder, 1) as file:
+        assert file._next_whole(journal.FIRST_OFFSET + 200, segment_path(folder, 1).stat().st_size)
+    assert len(looked) < 5

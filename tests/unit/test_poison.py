@@ -166,9 +166,11 @@ def test_a_text_that_the_database_refuses_stops_nobody(tmp_path: Path) -> None:
     assert rig.grouped() == {"1.2.2"}
 
 
-def test_a_record_nobody_foresaw_is_set_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"object": {"digest": "blake3:00"}}])
+def test_a_record_nobody_foresaw_is_set_aside(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Bites: keep all that it says, and what cannot be kept stops everything behind it."""
     rig = Rig(tmp_path, GoodRule())
-    rig.writer.append("stored", {"sop_instance_uid": "1.2.9"})
+    rig.writer.append("stored", {"sop_instance_uid": "1.2.9", **fields})
     rig.receive(2)
     rig.settle()
     assert rig.reasons() == ["grouping-failed"]
