@@ -156,7 +156,7 @@ def test_nothing_told_success_is_lost_when_writes_fail(
     monkeypatch.undo()
     assert len(told) + refused == THREADS * EACH
     assert refused < 10, "each is written anew, through the cache; it fails when another one fails beside that as well"
-    assert len(journal.segments(folder)) > 3
+    assert len(journal.segments(folder)) > 1, "no segment was given up"
     assert {one.fields["number"] for one in stored(folder)} >= told
     writer.close()
 
