@@ -108,7 +108,7 @@ class Segment:
             with effect("journal.writeblocks"):
                 while done < len(record):
                     done += os.pwrite(self._past_cache, record[done:], begin + done)
-        except BaseException:
+        except BaseException:  # whatever it was, the place stays empty: nobody may count on what is behind it
             self.broken = True
             raise
         finally:
