@@ -20,10 +20,10 @@ from console.logs import configure
 
 SUPERVISED_BY = "CLARION_SUPERVISED_BY"
 DRAIN_S = 30.0
+"""How long a stage may drain before it is killed."""
 # A sender waits for intake and for nobody else: what works off what it took leaves the processors to it.
 BEHIND_INTAKE = frozenset(("grouping", "streams", "orchestrator", "delivery", "relay"))
 _NICE = 19
-"""How long a stage may drain before it is killed."""
 
 
 def serve(stage: str, config: Path) -> None:

@@ -135,33 +135,30 @@ class Segment:
 
     def sync(self, end: int) -> None:
         """Return when everything up to `end` is durable; raises OSError when it cannot be."""
-        while not self._is_done(end):
-            gate = self._wait_or_lead(end)
+        while True:
+            with self._mutex:
+                if self.synced >= end:
+                    return
+                if self.broken and not self._leading:
+                    raise OSError(errno.EIO, "the segment was given up")
+                gate = self._wait_or_lead(end)
             if gate is None:
                 self._lead()
             else:
                 gate.acquire()
 
-    def _is_done(self, end: int) -> bool:
-        with self._mutex:
-            if self.synced >= end:
-                return True
-            if self.broken and not self._leading:
-                raise OSError(errno.EIO, "the segment was given up")
-        return False
-
     def _wait_or_lead(self, end: int) -> threading.Lock | None:
-        """Give the lock to wait on, or None when the caller is to sync."""
-        with self._mutex:
-            if self.synced >= end or (self.broken and not self._leading):
-                gate = threading.Lock()
-            elif self._leading or self._written() < end:
-                gate = threading.Lock()
-                gate.acquire()
-                self._waiting.append((end, gate))
-            else:
-                self._leading = True
-                return None
+        """Give the lock to wait on, or None when the caller is to sync. Called with the mutex."""
+        if self._leading or self._written() < end:
+            return self._gate(end)
+        self._leading = True
+        return None
+
+    def _gate(self, end: int) -> threading.Lock:
+        """Make a lock that is released when there is news for who waits for `end`. Called with the mutex."""
+        gate = threading.Lock()
+        gate.acquire()
+        self._waiting.append((end, gate))
         return gate
 
     def _lead(self) -> None:
@@ -203,9 +200,7 @@ class Segment:
             with self._mutex:
                 if not self._leading and not self._filling:
                     break
-                gate = threading.Lock()
-                gate.acquire()
-                self._waiting.append((0, gate))
+                gate = self._gate(0)
             gate.acquire()
         os.close(self._file)
         if self._past_cache >= 0:

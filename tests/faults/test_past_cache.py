@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.threads import run_beside
 from support.world import pause
 
 from clarion import crashpoints
@@ -47,9 +48,9 @@ def append_from_threads(writer: JournalWriter) -> tuple[set[int], int]:
     told: set[int] = set()
     refused: list[int] = []
 
-    def work(first: int) -> None:
+    def work(index: int) -> None:
         buffer = BlockBuffer(LARGEST)
-        for number in range(first, first + EACH):
+        for number in range(index * EACH, (index + 1) * EACH):
             try:
                 append(writer, number, buffer)
             except StoreUnavailableError:
@@ -57,12 +58,7 @@ def append_from_threads(writer: JournalWriter) -> tuple[set[int], int]:
             else:
                 told.add(number)
 
-    threads = [threading.Thread(target=work, args=(index * EACH,)) for index in range(THREADS)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(60)
-        assert not one.is_alive()
+    run_beside(work, THREADS)
     return told, len(refused)
 
 

@@ -9,6 +9,16 @@ from gateway.board import Board
 from gateway.receiver import Runnable
 
 
+def run_beside(work: Callable[[int], None], count: int) -> None:
+    """Do something in so many threads at once, each with its number; all of them come to an end."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+        assert not one.is_alive()
+
+
 class ReceiverThreads:
     """Runs what `Receiver` runs, without processes."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.threads import run_beside
 from support.world import pause
 
 from clarion.adapters.memory import ManualClock
@@ -43,9 +44,9 @@ def append_from_threads(writer: JournalWriter) -> tuple[set[int], int]:
     refused = 0
     lock = threading.Lock()
 
-    def work(first: int) -> None:
+    def work(index: int) -> None:
         nonlocal refused
-        for number in range(first, first + EACH):
+        for number in range(index * EACH, (index + 1) * EACH):
             try:
                 writer.append("stored", _fields(number), _data(number))
             except StoreUnavailableError:
@@ -55,11 +56,7 @@ def append_from_threads(writer: JournalWriter) -> tuple[set[int], int]:
                 with lock:
                     told.add(number)
 
-    threads = [threading.Thread(target=work, args=(index * EACH,)) for index in range(THREADS)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(60)
+    run_beside(work, THREADS)
     return told, refused
 
 
