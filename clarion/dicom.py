@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom.charset
 from pydicom import dcmread
-from pydicom.datadict import dictionary_VR
 from pydicom.errors import InvalidDicomError
 
-from clarion.elements import DEFLATED_LE, EXPLICIT_BE, IMPLICIT_LE, Walker, inflate
+from clarion.elements import Walker, plain_encoding
 from clarion.errors import InvalidInstanceError, UnreadableSeriesError
 
 if TYPE_CHECKING:
@@ -23,30 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom import Dataset
 
-    from clarion.elements import Element
-
 IMPLEMENTATION_CLASS_UID = "2.25.140943583029246063281230612302063497671"
 IMPLEMENTATION_VERSION_NAME = "CLARION_0_1"
 
-# Values longer than this are not header text that a rule decides by.
-MAX_ATTRIBUTE_BYTES = 256
-_PIXEL_GROUP = 0x7FE0
 _LONGEST_UID = 130
-_ESCAPE = b"\x1b"
-_CHARACTER_SET = 0x00080005
-# As pydicom names them; what nearly every data set has.
-_COMMON = {b"": "iso8859", b"ISO_IR 100": "latin_1", b"ISO_IR 192": "UTF8"}
-_ENCODED_TEXT = frozenset(("LO", "LT", "PN", "SH", "ST", "UC", "UT"))
-_PLAIN_TEXT = frozenset(("AE", "AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI", "UR"))
-_SHORT_HEAD = struct.Struct("<HH2sH").unpack_from
-_SHORT_LENGTH = struct.Struct("<H").unpack_from
-_SHORT_HEAD_BYTES = 8
-_QUICK = (_PLAIN_TEXT | _ENCODED_TEXT) - {"UC", "UT", "UR"}
-# Elements that were read lately, by their bytes: tag and text.
-_KNOWN: dict[bytes, tuple[str, str]] = {}
-_MOST_KNOWN = 4096
-_OTHER_ENCODINGS = frozenset((IMPLICIT_LE, EXPLICIT_BE))
-_NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 
 _SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES = 0x00080016, 0x00080018, 0x0020000D, 0x0020000E
 
@@ -60,11 +37,6 @@ class Header:
     study_uid: str
     series_uid: str
     fault: InvalidInstanceError | None
-
-
-def plain_encoding(data: bytes, transfer_syntax_uid: str) -> bytes:
-    """Give the data set as a Walker reads it: inflated if it is deflated."""
-    return inflate(data) if transfer_syntax_uid == DEFLATED_LE else data
 
 
 def read_header(data: bytes, transfer_syntax_uid: str) -> Header:
@@ -86,149 +58,6 @@ def read_header(data: bytes, transfer_syntax_uid: str) -> Header:
         series_uid=found[_SERIES],
         fault=fault,
     )
-
-
-def read_attributes(data: bytes, transfer_syntax_uid: str) -> dict[str, str]:
-    """Read the header for a rule: `GGGGEEEE` to decoded text, up to the pixels, as far as the bytes are sound.
-
-    Left out: sequences, bulk data, private elements and values above MAX_ATTRIBUTE_BYTES.
-    """
-    attributes: dict[str, str] = {}
-    try:
-        plain = plain_encoding(data, transfer_syntax_uid)
-        _read_attributes(plain, len(plain), transfer_syntax_uid, attributes)
-    except InvalidInstanceError:
-        return attributes
-    return attributes
-
-
-def read_head(head: bytes, size: int, transfer_syntax_uid: str) -> dict[str, str] | None:
-    """Read what `read_attributes` reads of a data set of `size` bytes from its beginning; None where that ends before.
-
-    Of a deflated data set nothing can be said by its head.
-    """
-    if len(head) >= size:
-        return read_attributes(head, transfer_syntax_uid)
-    if transfer_syntax_uid == DEFLATED_LE:
-        return None
-    attributes: dict[str, str] = {}
-    try:
-        _read_attributes(head, size, transfer_syntax_uid, attributes)
-    except (struct.error, InvalidInstanceError):
-        return None
-    return attributes
-
-
-def _read_attributes(data: bytes, size: int, transfer_syntax_uid: str, attributes: dict[str, str]) -> None:
-    """Read the attributes of a data set of which `data` is the beginning; raises struct.error where that ends."""
-    encodings = ["iso8859"]
-    walker = Walker(data, transfer_syntax_uid, size=size)
-    quick = transfer_syntax_uid not in _OTHER_ENCODINGS
-    position = 0
-    while position < size:
-        if quick:
-            position = _read_plain(data, position, attributes)
-            if position >= size:
-                break
-        element = walker.element_at(position)
-        position = element.next
-        if element.tag >> 16 >= _PIXEL_GROUP:
-            break
-        if element.tag >> 16 & 1 or element.undefined or element.end - element.start > MAX_ATTRIBUTE_BYTES:
-            continue
-        if element.end > len(data):
-            raise struct.error
-        raw = data[element.start : element.end]
-        if element.tag == _CHARACTER_SET:
-            encodings = encodings_of(raw)
-            quick = quick and "shift_jis" not in encodings
-        text = _decode(raw, _vr_of(element), encodings, big_endian=transfer_syntax_uid == EXPLICIT_BE)
-        if text is not None:
-            attributes[_name_of(element.tag)] = text
-
-
-def _read_plain(data: bytes, position: int, attributes: dict[str, str]) -> int:
-    """Read the commonest elements, explicit VR little endian and short, as far as they go; give how far.
-
-    Half of what the grouping owner did was this. Instances of a series say mostly the same: what was read once is
-    known by its bytes.
-    """
-    end = len(data) - _SHORT_HEAD_BYTES
-    while position <= end:
-        after = position + _SHORT_HEAD_BYTES + _SHORT_LENGTH(data, position + 6)[0]
-        element = data[position:after]
-        known = _KNOWN.get(element)
-        if known is None:
-            known = _quick(element) if after <= len(data) else None
-            if known is None:
-                break
-            if len(_KNOWN) >= _MOST_KNOWN:
-                _KNOWN.clear()
-            _KNOWN[element] = known
-        attributes[known[0]] = known[1]
-        position = after
-    return position
-
-
-def _quick(element: bytes) -> tuple[str, str] | None:
-    """Read a whole element, explicit VR little endian with a short head; None for what needs more care."""
-    group, number, raw_vr, length = _SHORT_HEAD(element)
-    vr, raw = raw_vr.decode("latin-1"), element[_SHORT_HEAD_BYTES:]
-    tag = group << 16 | number
-    if group & 1 or group >= _PIXEL_GROUP or length > MAX_ATTRIBUTE_BYTES or tag == _CHARACTER_SET:
-        return None
-    if vr in _NUMBERS:
-        return _name_of(tag), _decode(raw, vr, [], big_endian=False) or ""
-    # What ASCII says, it says in every repertoire but JIS X 0201, and that is asked for by name.
-    if vr not in _QUICK or not raw.isascii() or _ESCAPE in raw:
-        return None
-    return _name_of(tag), raw.decode("ascii").strip(" \0")
-
-
-@functools.lru_cache(4096)
-def _name_of(tag: int) -> str:
-    return f"{tag:08X}"
-
-
-def decode_text(raw: bytes, encodings: list[str]) -> str:
-    """Decode text of a VR that Specific Character Set applies to (PS3.5 6.1.2.3), without padding."""
-    # ASCII is what it says in every repertoire but JIS X 0201, unless an escape says otherwise.
-    if raw.isascii() and _ESCAPE not in raw and "shift_jis" not in encodings:
-        return raw.decode("ascii").strip(" \0")
-    text = pydicom.charset.decode_bytes(raw, encodings, {0x0A, 0x0D, 0x09, 0x0C, 0x5C}).strip(" \0")
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def encodings_of(raw: bytes) -> list[str]:
-    """Give the codecs of Specific Character Set; a term that PS3.3 C.12.1.1.2 does not define counts as absent."""
-    if raw.strip(b" \0") in _COMMON:
-        return [_COMMON[raw.strip(b" \0")]]
-    terms = [one.strip(" ") for one in raw.decode("latin-1").strip(" \0").split("\\")]
-    if not all(term in pydicom.charset.python_encoding for term in terms):
-        return ["iso8859"]
-    return pydicom.charset.convert_encodings(terms)
-
-
-def _vr_of(element: Element) -> str:
-    if element.vr and element.vr != "UN":
-        return element.vr
-    try:
-        return dictionary_VR(element.tag)
-    except KeyError:
-        return "UN"
-
-
-def _decode(raw: bytes, vr: str, encodings: list[str], *, big_endian: bool) -> str | None:
-    if vr in _PLAIN_TEXT:
-        return raw.decode("latin-1").strip(" \0")
-    if vr in _ENCODED_TEXT:
-        return decode_text(raw, encodings)
-    code = _NUMBERS.get(vr.split(" ", maxsplit=1)[0])
-    if code is None:
-        return None
-    size = struct.calcsize(code)
-    numbers = struct.unpack_from((">" if big_endian else "<") + code * (len(raw) // size), raw)
-    return "\\".join(str(number) for number in numbers)
 
 
 def part10(data: bytes, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:

@@ -72,6 +72,11 @@ def inflate(data: bytes) -> bytes:
     return inflated
 
 
+def plain_encoding(data: bytes, transfer_syntax_uid: str) -> bytes:
+    """Give the data set as a Walker reads it: inflated if it is deflated."""
+    return inflate(data) if transfer_syntax_uid == DEFLATED_LE else data
+
+
 class Walker:
     """Walks one data set; `data` is the plain, inflated encoding. All its walks together see `max_elements`.
 

@@ -23,9 +23,10 @@ from sqlalchemy.exc import DBAPIError
 from clarion import events
 from clarion.adapters.database import may_pass, replace
 from clarion.adapters.outbox import record_events
+from clarion.attributes import read_attributes, read_head
 from clarion.crashpoints import effect
-from clarion.dicom import plain_encoding, read_attributes, read_head, read_header
-from clarion.elements import DEFLATED_LE, EXPLICIT_LE
+from clarion.dicom import read_header
+from clarion.elements import DEFLATED_LE, EXPLICIT_LE, plain_encoding
 from clarion.errors import InvalidInstanceError, MissingObjectError, StoreUnavailableError, describe
 from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import sqlalchemy as sa
 
+from clarion.adapters.database import insert_many
 from clarion.adapters.outbox import record_events
 from clarion.model import Action, ObjectRef
 from gateway import groups, tables
@@ -68,8 +69,8 @@ class Run:
         """Write what was taken."""
         if not self._instances:
             return
-        self.connection.execute(tables.instances.insert(), self._instances)
-        self.connection.execute(tables.members.insert(), self._members)
+        insert_many(self.connection, tables.instances, self._instances)
+        insert_many(self.connection, tables.members, self._members)
         record_events(self.connection, self._events)
         self._instances, self._members, self._events = [], [], []
         self._write_studies()

@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from clarion.attributes import read_attributes
 from clarion.crashpoints import effect
-from clarion.dicom import read_attributes, read_header, split_part10
+from clarion.dicom import read_header, split_part10
 from clarion.errors import OperatorError
 from clarion.model import (
     JobId,

@@ -7,8 +7,9 @@ import hashlib
 import shutil
 from typing import TYPE_CHECKING
 
+from clarion.attributes import read_attributes
 from clarion.crashpoints import effect
-from clarion.dicom import part10, read_attributes
+from clarion.dicom import part10
 from clarion.model import Manifest, is_uid
 
 if TYPE_CHECKING:

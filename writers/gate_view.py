@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clarion.dicom import decode_text, encodings_of, plain_encoding
-from clarion.elements import DEFLATED_LE, EXPLICIT_LE, Walker
+from clarion.elements import DEFLATED_LE, EXPLICIT_LE, Walker, plain_encoding
 from clarion.errors import InvalidInstanceError
+from clarion.texts import decode_text, encodings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
+from pydantic_core import to_json
 
-from clarion.adapters.database import BIG, TEXT, insert_new, lock, replace
+from clarion.adapters.database import BIG, TEXT, insert_many, lock, replace
 from clarion.adapters.schema import Schema
 from clarion.adapters.topics import family_of
 from clarion.codec import Record, encode
@@ -86,7 +87,7 @@ def record_events(connection: sa.Connection, events: Iterable[Event], *, cause: 
             "kind": record.headers["ce_type"],
             "subject": record.key,
             "time": record.headers["ce_time"],
-            "headers": json.dumps({**record.headers, "traceparent": _traceparent(connection, record, cause)}),
+            "headers": to_json({**record.headers, "traceparent": _traceparent(connection, record, cause)}).decode(),
             "body": record.body,
         }
         for record in map(encode, events)
@@ -94,7 +95,7 @@ def record_events(connection: sa.Connection, events: Iterable[Event], *, cause: 
     if not rows:
         return 0
     lock(connection, "events")
-    return insert_new(connection, events_table, rows)
+    return insert_many(connection, events_table, rows, new_only=True)
 
 
 def _traceparent(connection: sa.Connection, record: Record, cause: str) -> str:

@@ -16,8 +16,9 @@ from support.raw import CONTEXTS, CT, EXPLICIT, data_set, store_request
 
 from clarion.adapters.clock import SystemClock
 from clarion.adapters.objects import FileStore
+from clarion.attributes import read_attributes, read_head
 from clarion.config import IntakeConfig, ScpConfig
-from clarion.dicom import part10, read_attributes, read_head, read_header, split_part10
+from clarion.dicom import part10, read_header, split_part10
 from clarion.errors import InvalidInstanceError
 from clarion.model import ObjectRef
 from clarion.scanning import scan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import types
 import typing
 from dataclasses import fields
@@ -21,9 +22,10 @@ from support.world import TINY, make_series
 
 from clarion import events
 from clarion.adapters.memory import ManualClock
+from clarion.attributes import read_attributes, read_head
 from clarion.codec import Record, decode, encode, json_schema
 from clarion.dicom import order_series, part10, read_header, split_part10
-from clarion.elements import EXPLICIT_LE
+from clarion.elements import EXPLICIT_LE, IMPLICIT_LE
 from clarion.errors import InvalidEventError, InvalidInstanceError, UnreadableSeriesError
 from clarion.model import Manifest, ManifestEntry, ObjectRef, Trigger, digest_of_identities, is_uid
 from gateway import journal
@@ -299,3 +301,46 @@ def test_a_rounding_reader_finds_the_same_voxels(made: tuple[int, int, float, in
     for ring in trace(mask):
         for column, row in np.rint(np.round(ring * 0.8, 3) / 0.8).astype(int):
             assert mask[row, column]
+
+
+# A few values each, so that what was read before comes again, beside others and cut at other places.
+ELEMENTS = st.sampled_from([
+    (0x00080005, b"CS", [b"ISO_IR 100", b"ISO_IR 192", b"ISO 2022 IR 13\\ISO 2022 IR 87"]),
+    (0x00080008, b"CS", [b"ORIGINAL", b"DERIVED "]),
+    (0x00080060, b"CS", [b"CT", b"MR"]),
+    (0x00100010, b"PN", [b"A^B ", "Müller".encode("latin-1"), b"\xc3\x84", b"\x1b$B;3\x1b(B"]),
+    (0x00100020, b"LO", [b"1 ", b"2 ", b"3 "]),
+    (0x00091001, b"LO", [b"private "]),
+    (0x00081140, b"SQ", [b""]),
+    (0x00180050, b"DS", [b"2.5 ", b"5 "]),
+    (0x00200013, b"IS", [b"1 ", b"2 ", b"3 ", b"4 "]),
+    (0x00280010, b"US", [b"\0\2", b"\0\1"]),
+    (0x00280030, b"DS", [b"0.5\\0.5 ", b"x" * 300]),
+    (0x7FE00010, b"OW", [b"\0" * 40]),
+]).flatmap(lambda one: st.tuples(st.just(one[0]), st.just(one[1]), st.sampled_from(one[2])))  # fmt: skip
+
+
+def encoded(elements: list[tuple[int, bytes, bytes]], *, explicit: bool) -> bytes:
+    data = b""
+    for tag, vr, value in elements:
+        data += struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+        if not explicit:
+            data += struct.pack("<I", len(value))
+        elif vr in (b"OW", b"SQ"):
+            data += vr + struct.pack("<HI", 0, len(value))
+        else:
+            data += vr + struct.pack("<H", len(value))
+        data += value
+    return data
+
+
+@given(st.lists(st.lists(ELEMENTS, max_size=14), max_size=12))
+def test_what_is_known_of_headers_read_before_changes_none(headers: list[list[tuple[int, bytes, bytes]]]) -> None:
+    """Implicit VR is read element by element, without what was read before."""
+    for elements in headers:
+        data = encoded(elements, explicit=True)
+        wanted = read_attributes(encoded(elements, explicit=False), IMPLICIT_LE)
+        wanted.pop("00091001", None)
+        assert read_attributes(data, EXPLICIT_LE) == wanted
+        head = read_head(data[: len(data) // 2], len(data), EXPLICIT_LE)
+        assert head in (None, wanted)
