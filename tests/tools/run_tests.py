@@ -5,14 +5,19 @@ The machine has few cores and the crash tests mostly wait for processes, so two 
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 KAFKA = ["tests/contract/test_kafka_bus.py", "tests/e2e/test_kafka.py"]
 PYTEST = [str(Path(sys.executable).parent / "pytest"), "-q"]
+# Either half takes less; each test has a deadline of its own, but what stands still between or behind them has none.
+_LONGEST_S = 50 * 60
 
 
 def main() -> int:
@@ -21,11 +26,25 @@ def main() -> int:
     with tempfile.TemporaryFile("w+") as log:
         faults = subprocess.Popen([*PYTEST, "tests/faults", *KAFKA], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         passed_over = [f"--ignore={one}" for one in ("tests/faults", "tests/architecture", *KAFKA)]
-        rest = subprocess.call([*PYTEST, "tests", *passed_over], cwd=ROOT)
-        failed = faults.wait()
+        others = subprocess.Popen([*PYTEST, "tests", *passed_over], cwd=ROOT)
+        until = time.monotonic() + _LONGEST_S
+        rest, failed = _wait(others, "the main half", until), _wait(faults, "the half with the faults", until)
         log.seek(0)
         print(log.read())
     return rest or failed
+
+
+def _wait(process: subprocess.Popen[bytes], name: str, until: float) -> int:
+    """Wait for a half; of one that stands still every thread's place is printed, and it has failed."""
+    try:
+        return process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        print(f"run_tests: {name} did not end within {_LONGEST_S // 60} minutes", flush=True)
+        process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        return 1
 
 
 if __name__ == "__main__":
