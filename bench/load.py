@@ -98,8 +98,11 @@ def is_success(kind: int, answer: bytes) -> bool:
     return kind == pdu.P_DATA and at > 0 and answer[at + 8 : at + 10] == b"\0\0"
 
 
-def run(port: int, called: str, kind: str, counts: list[int], first: int) -> list[Load]:
-    """Send over as many associations as there are counts, all beginning together; instances are numbered on."""
+def run(port: int, called: str, kind: str, counts: list[int], first: int, *, series: int = 0) -> list[Load]:
+    """Send over as many associations as there are counts, all beginning together; instances are numbered on.
+
+    Each association has a study of its own, the first that with the number `series`.
+    """
     children = []
     for index, count in enumerate(counts):
         ours, theirs = socket.socketpair()
@@ -110,7 +113,7 @@ def run(port: int, called: str, kind: str, counts: list[int], first: int) -> lis
             os.close(read)
             status = 1
             try:
-                load = send(port, called, kind, index, first + sum(counts[:index]), count, theirs.fileno())
+                load = send(port, called, kind, series + index, first + sum(counts[:index]), count, theirs.fileno())
                 os.write(write, json.dumps(vars(load)).encode())
                 status = 0
             finally:

@@ -1,0 +1,107 @@
+"""P22: what an instance costs when much is stored already: CPU, bytes written, memory, in one life of the processes.
+
+At each size the owner reads everything, then windows of instances are sent and worked off. A fixed loop of Python
+beside each window takes the machine's mood out of its CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
+
+import load  # noqa: E402
+from receivers import Receiver, start, tree  # noqa: E402
+
+_LANES = 4
+_PER_STUDY = 1000
+_WINDOW = 2000
+_WINDOWS = 5
+
+
+@dataclass
+class _Growing:
+    """A receiver, and how much it has been sent."""
+
+    receiver: Receiver
+    sent: int = 0
+    series: int = 0
+    windows: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+
+    def send(self, count: int) -> None:
+        """Send as many, a study of at most a thousand to an association, and wait until all are grouped."""
+        while count > 0:
+            each = min(_PER_STUDY, max(1, count // _LANES))
+            loads = load.run(
+                self.receiver.port, self.receiver.called, "tiny", [each] * _LANES, self.sent, series=self.series
+            )
+            if any(one.failed for one in loads):
+                raise SystemExit("an instance was not taken")
+            self.sent, self.series, count = self.sent + each * _LANES, self.series + _LANES, count - each * _LANES
+        self.receiver.settle(self.sent)
+
+    def window(self) -> dict[str, float]:
+        """Send a window; give the CPU in loops, the bytes written for each instance, the memory."""
+        loop, cpu, written = _loop(), self.receiver.cpu(), self._written()
+        self.send(_WINDOW)
+        spent, bytes_ = self.receiver.cpu() - cpu, self._written() - written
+        return {
+            "cpu": spent / _WINDOW / statistics.mean((loop, _loop())),
+            "cpu_ms": 1000 * spent / _WINDOW,
+            "bytes": bytes_ / _WINDOW,
+            "memory_mb": self.receiver.memory() / 2**20,
+        }
+
+    def _written(self) -> int:
+        """Give the bytes that its processes have handed to the disk, as far as they live."""
+        return sum(_field(pid, "write_bytes") for root in self.receiver.pids() for pid in tree(root))
+
+
+def main() -> None:
+    """Print a line for each size, and the ratio of the last to the first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1000, 10_000, 100_000])
+    parser.add_argument("--work", type=Path, help="a folder on the file system to be measured")
+    options = parser.parse_args()
+    found: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="clarion-bench-", dir=options.work) as root, ExitStack() as stack:
+        growing = _Growing(start("clarion", Path(root) / "clarion", stack))
+        growing.send(_LANES * 100)
+        for size in options.sizes:
+            growing.send(size - growing.sent)
+            windows = [growing.window() for _ in range(_WINDOWS)]
+            found.append(
+                {"stored": size, **{key: statistics.median(one[key] for one in windows) for key in windows[0]}}
+            )
+            print(json.dumps({key: round(value, 3) for key, value in found[-1].items()}), flush=True)
+    ratios = {key: round(found[-1][key] / found[0][key], 3) for key in ("cpu", "bytes", "memory_mb")}
+    print(json.dumps({f"P22 {found[-1]['stored']} stored : {found[0]['stored']} stored": ratios}))
+
+
+def _loop() -> float:
+    """Give the CPU seconds of a fixed loop."""
+    begun, total = time.process_time(), 0
+    for number in range(1_000_000):
+        total += number & 3
+    return time.process_time() - begun
+
+
+def _field(pid: int, name: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(one.partition(":")[2]) for one in lines if one.startswith(name))
+
+
+if __name__ == "__main__":
+    main()
