@@ -145,9 +145,13 @@ class ScuConfig(Model):
 
 
 class DeliveryConfig(Model):
-    """Delivering results: budgets and deadlines."""
+    """Delivering results: budgets and deadlines.
+
+    An attempt that reaches nobody spends none of `max_retries`: an outage may last `outage_h`.
+    """
 
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    outage_h: Annotated[float, Field(ge=0, le=24 * 365)] = 72.0
     retry_delay_s: Annotated[float, Field(gt=0)] = 180.0
     retry_delay_max_s: Annotated[float, Field(gt=0)] = 3600.0
     failure_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5

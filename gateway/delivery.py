@@ -223,15 +223,23 @@ class DeliveryStage:
             return
         delivery = replace(delivery, attempts=attempt)
         items = [item for item in self._outbound.items(delivery.delivery_id) if outcome_of(item) is Outcome.AGAIN]
-        self._settle(delivery, self._try(destination, delivery, items))
+        try:
+            trouble = self._try(destination, delivery, items)
+        except UnreachedError as error:
+            self._circuits.failed(destination.name)
+            self._settle_unreached(delivery, str(error))
+        else:
+            self._settle(replace(delivery, unreached=None), trouble)
 
     def _try(self, destination: Destination, delivery: Delivery, items: list[Item]) -> str:
-        """Send what is to be sent; give why that ended early, if it did."""
+        """Send what is to be sent; give why that ended early, if it did. Raises UnreachedError."""
         sender = self._by_dimse if destination.web is None else self._by_web
         try:
             if items:
                 sender.send(destination, delivery.delivery_id, items)
-        except (UnreachedError, PeerRefusedError) as error:
+        except UnreachedError:
+            raise
+        except PeerRefusedError as error:
             self._circuits.failed(destination.name)
             return str(error)
         except (PeerUnavailableError, StoreUnavailableError) as error:
@@ -242,6 +250,16 @@ class DeliveryStage:
             return describe(error)
         self._circuits.worked(destination.name)
         return ""
+
+    def _settle_unreached(self, delivery: Delivery, trouble: str) -> None:
+        """Nobody was there. For as long as an outage may last that spends no tries: a PACS is away for a weekend."""
+        now = self._clock.now()
+        since = delivery.unreached or now
+        if now - since < timedelta(hours=self._config.delivery.outage_h):
+            log.warning("delivery.unreached", delivery=delivery.delivery_id, reason=trouble)
+            self._outbound.settle_unreached(delivery, now=now, since=since, reason=trouble)
+        else:
+            self._settle(replace(delivery, unreached=since), trouble)
 
     def _settle(self, delivery: Delivery, trouble: str) -> None:
         now = self._clock.now()

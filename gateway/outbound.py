@@ -35,7 +35,10 @@ _items = tables.delivery_instances
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """A delivery as it stands; `attempts` counts all, `spent` those of budgets that are over."""
+    """A delivery as it stands; `attempts` counts all, `spent` those of budgets that are over or that reached nobody.
+
+    `unreached` is since when its destination has not been reached.
+    """
 
     delivery_id: str
     job_id: str
@@ -45,6 +48,7 @@ class Delivery:
     spent: int
     transaction_uid: str | None
     verify_until: datetime | None
+    unreached: datetime | None = None
     reason: str = ""
 
 
@@ -129,8 +133,19 @@ class Outbound:
                 due=now.isoformat(),
                 verify_until=verify_until.isoformat(),
                 reason="",
+                unreached=None,
             )
             record_events(connection, [event])
+
+    def settle_unreached(self, delivery: Delivery, *, now: datetime, since: datetime, reason: str) -> None:
+        """An attempt reached nobody: it does not count, and is said once."""
+        with effect("delivery.settle"), self._database.transaction() as connection:
+            if not _is(connection, delivery.delivery_id, WAITING):
+                return
+            if reason != delivery.reason:
+                self._fail(connection, delivery, now=now, reason=reason, again=now)
+            values = {"due": now.isoformat(), "spent": _table.c.spent + 1, "unreached": since.isoformat()}
+            self._change(connection, delivery.delivery_id, **values)
 
     def settle_failed(self, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None) -> None:
         """An attempt failed: tried again at `again`, or never when that is None."""
@@ -149,7 +164,9 @@ class Outbound:
             final=again is None,
         )
         state = FAILED if again is None else WAITING
-        self._change(connection, delivery.delivery_id, state=state, due=(again or now).isoformat(), reason=reason)
+        since = delivery.unreached.isoformat() if delivery.unreached else None
+        values = {"state": state, "due": (again or now).isoformat(), "reason": reason, "unreached": since}
+        self._change(connection, delivery.delivery_id, **values)
         record_events(connection, [event])
 
     def commitment_asked(self, delivery_id: str, transaction_uid: str, due: datetime) -> None:
@@ -238,6 +255,7 @@ class Outbound:
             "due": now.isoformat(),
             "reason": reason,
             "transaction_uid": None,
+            "unreached": None,
         }
         fresh["spent"] = _table.c.attempts
         with effect("delivery.retry"), self._database.transaction() as connection:
@@ -291,6 +309,7 @@ def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`
         spent=row.spent,
         transaction_uid=row.transaction_uid,
         verify_until=datetime.fromisoformat(row.verify_until) if row.verify_until else None,
+        unreached=datetime.fromisoformat(row.unreached) if row.unreached else None,
         reason=row.reason,
     )
 

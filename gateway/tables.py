@@ -158,8 +158,10 @@ deliveries = sa.Table(
     sa.Column("state", TEXT, nullable=False, index=True),
     sa.Column("sequence", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
-    # Attempts before a person asked for more: a new budget begins behind them.
+    # Attempts that do not count: before a person asked for more, or while nobody was reached.
     sa.Column("spent", sa.Integer, nullable=False, default=0),
+    # Since when its destination has not been reached.
+    sa.Column("unreached", TEXT, nullable=True),
     sa.Column("due", TEXT, nullable=False),
     sa.Column("requested", TEXT, nullable=False),
     sa.Column("reason", TEXT, nullable=False, default=""),

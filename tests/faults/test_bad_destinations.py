@@ -57,7 +57,7 @@ def test_a_destination_that_is_down_for_a_day_holds_up_nobody_and_gets_everythin
             {"name": "dead", "ae_title": "PACS", "host": "127.0.0.1", "port": port},
             {"name": "healthy", "ae_title": "PACS", "host": "127.0.0.1", "port": healthy.port},
         ]
-        rig = Rig(tmp_path, 0, destination=places, max_retries=3, retry_delay_s=180)
+        rig = Rig(tmp_path, 0, destination=places, max_retries=0)
         for number in range(DELIVERIES):
             rig.request(to="dead", delivery=f"d{number}")
         for hour in range(24):
@@ -71,11 +71,13 @@ def test_a_destination_that_is_down_for_a_day_holds_up_nobody_and_gets_everythin
         assert {rig.row(f"h{hour}").attempts for hour in range(24)} == {1}
         for number in range(DELIVERIES):
             row = rig.row(f"d{number}")
-            assert (row.state, row.attempts) == ("failed", 4)
-            assert "is the peer running there?" in row.reason
+            assert (row.state, row.attempts) == ("waiting", row.spent)
+        assert "is the peer running there?" in rig.row("d0").reason
+        # About one try a minute, all together, and each delivery says once why it waits.
+        assert 24 * 50 < sum(rig.row(f"d{number}").attempts for number in range(DELIVERIES)) < 24 * 70
+        assert rig.kinds().count("delivery.failed.v1") <= DELIVERIES
     with peer(port=port) as returned:
         again = [f"d{number}" for number in range(DELIVERIES)]
-        assert sorted(rig.outbound.retry(again, rig.clock.now())) == sorted(again)
         for _ in range(2000):
             rig.stage.step()
             if all(rig.row(one).state == "verified" for one in again):
@@ -85,6 +87,23 @@ def test_a_destination_that_is_down_for_a_day_holds_up_nobody_and_gets_everythin
         assert {rig.row(one).state for one in again} == {"verified"}
         # Ten deliveries of the same four instances here: each was stored once by each.
         assert set(returned.stored.values()) == {DELIVERIES}
+
+
+def test_an_outage_longer_than_is_allowed_spends_the_budget(tmp_path: Path) -> None:
+    """Bites: count an outage's tries, and it ends after a few; never count them, and nobody hears of it."""
+    rig = Rig(tmp_path, free_port(), max_retries=2, retry_delay_s=180, outage_h=1)
+    rig.request()
+    for minute in range(80):
+        rig.clock.advance(timedelta(minutes=1))
+        rig.stage.step()
+        while not rig.stage.idle():
+            pause(0.001)
+        if minute == 55:
+            assert rig.row().state == "waiting"
+    assert rig.row().state == "failed"
+    assert rig.row().attempts - rig.row().spent == 3
+    rig.outbound.retry(["d"], rig.clock.now())
+    assert rig.row().unreached is None, "whoever takes it up gives it as long again"
 
 
 def test_every_status_is_mapped_kept_and_shown(tmp_path: Path) -> None:

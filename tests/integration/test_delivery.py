@@ -104,7 +104,7 @@ def test_superseded_while_it_is_being_sent_it_does_not_come_back(tmp_path: Path)
 
 @pytest.mark.parametrize("state", ["waiting", "failed"])
 def test_superseded_before_its_request_or_after_it_failed(state: str, tmp_path: Path) -> None:
-    rig = Rig(tmp_path, free_port(), max_retries=0)
+    rig = Rig(tmp_path, free_port(), max_retries=0, outage_h=0)
     superseded = JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k")
     if state == "failed":
         rig.request()
@@ -122,7 +122,7 @@ def test_superseded_before_its_request_or_after_it_failed(state: str, tmp_path: 
 
 def test_a_second_budget_asks_for_commitment_anew(tmp_path: Path) -> None:
     """Bites: count attempts from zero again, and the first budget's report judges the second's transaction."""
-    rig = Rig(tmp_path, free_port(), max_retries=1)
+    rig = Rig(tmp_path, free_port(), max_retries=1, outage_h=0)
     rig.request()
     assert rig.settle().attempts == 2
     rig.outbound.retry(["d"], rig.clock.now())
