@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tools import load_tool
 
 from clarion.crashpoints import EFFECTS
 from clarion.errors import ClarionError
@@ -241,3 +242,11 @@ def test_every_dependency_is_explained() -> None:
     text = (ROOT / "docs/decisions/dependencies.md").read_text().lower()
     missing = {re.split(r"[\[<>=,;]", one)[0].lower() for one in wanted}
     assert not {one for one in missing if f"`{one}`" not in text}
+
+
+def test_the_page_of_the_configuration_has_every_key() -> None:
+    """`python tests/tools/write_configuration.py` makes its tables anew; what a key is for is written by hand."""
+    tool = load_tool("write_configuration")
+    text = tool.PAGE.read_text()
+    assert text == tool.written(text), "run tests/tools/write_configuration.py"
+    assert "|  |\n" not in text, "a key is not explained"

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from pydicom.uid import UID, AllTransferSyntaxes
+from support.tools import load_tool
 from support.raw import CT, Raw, data_set
 from support.scp import serving
 
 from gateway.wire import pdu
 from gateway.wire.acceptance import PLAIN, STORAGE, STORAGE_COMMITMENT, VERIFICATION
 
-TOOL = Path(__file__).parents[1] / "tools" / "write_conformance.py"
 IMPLICIT = "1.2.840.10008.1.2"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("write_conformance", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("write_conformance")
 
 
 def test_the_statement_is_what_the_code_says(tool: ModuleType) -> None:
