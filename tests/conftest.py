@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Iterator
 
 import pytest
@@ -9,10 +10,17 @@ from support import kafka as kafka_server
 from support import postgres
 from support.kafka import Broker, start_broker
 
+_LONGEST_END_S = 60
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which server served what; in the summary, for a quiet run has no header."""
     terminalreporter.write_line(f"served by: Kafka: {kafka_server.source()}; PostgreSQL: {postgres.source()}")
+
+
+def pytest_unconfigure() -> None:
+    """A thread that a test has left must not hold the whole run for ever: it is shown, and the run has failed."""
+    faulthandler.dump_traceback_later(_LONGEST_END_S, exit=True)
 
 
 def pytest_report_header() -> str:

@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 from pydicom.uid import UID, AllTransferSyntaxes
-from support.tools import load_tool
 from support.raw import CT, Raw, data_set
 from support.scp import serving
+from support.tools import load_tool
 
 from gateway.wire import pdu
 from gateway.wire.acceptance import PLAIN, STORAGE, STORAGE_COMMITMENT, VERIFICATION

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 KAFKA = ["tests/contract/test_kafka_bus.py", "tests/e2e/test_kafka.py"]
-PYTEST = [str(Path(sys.executable).parent / "pytest"), "-q"]
+PYTEST = [str(Path(sys.executable).parent / "pytest"), "-q", "--durations=20", "--durations-min=5"]
 # Either half takes less; each test has a deadline of its own, but what stands still between or behind them has none.
 _LONGEST_S = 50 * 60
 
