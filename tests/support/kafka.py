@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kafka import KafkaConsumer, TopicPartition
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
+from kafka.structs import OffsetAndMetadata
 from support import containers
 from support.dcmtk import need
 from support.world import free_port, pause
 
+from clarion.adapters.kafka import client_settings
 from clarion.adapters.kafka_topics import apply_topics
 from clarion.config import KafkaConfig
 
@@ -189,6 +192,19 @@ def topics_on(address: str, partitions: int = 3) -> KafkaConfig:
     )  # fmt: skip
     apply_topics(config)
     return config
+
+
+def stand_at_end(config: KafkaConfig, group: str, topics: tuple[str, ...]) -> None:
+    """Let a consumer group, which has no member yet, have read everything that its topics hold."""
+    client = KafkaConsumer(**client_settings(config), group_id=group, enable_auto_commit=False)
+    try:
+        places = [TopicPartition(topic, one) for topic in topics for one in client.partitions_for_topic(topic) or ()]
+        assert places
+        client.assign(places)
+        ends = client.end_offsets(places)
+        client.commit({place: OffsetAndMetadata(end, "", -1) for place, end in ends.items()})
+    finally:
+        client.close()
 
 
 def _start_container() -> Broker:
