@@ -5,6 +5,7 @@ The machine has few cores and the crash tests mostly wait for processes, so two 
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from clarion.loading import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 KAFKA = ["tests/contract/test_kafka_bus.py", "tests/e2e/test_kafka.py"]
@@ -23,6 +26,9 @@ _LONGEST_S = 50 * 60
 def main() -> int:
     if len(sys.argv) > 1:
         return subprocess.call([*PYTEST, *sys.argv[1:]], cwd=ROOT)
+    # Hundreds of processes are started, some of them where Python may not write what it has compiled.
+    for folder in (*PACKAGES, "tests"):
+        compileall.compile_dir(ROOT / folder, quiet=2)
     with tempfile.TemporaryFile("w+") as log:
         faults = subprocess.Popen([*PYTEST, "tests/faults", *KAFKA], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         passed_over = [f"--ignore={one}" for one in ("tests/faults", "tests/architecture", *KAFKA)]
