@@ -95,7 +95,7 @@ def _syncs(root: Path) -> dict[str, float]:
     found = {}
     for conc in (1, 4, 8, 32):
         folder = root / f"syncs{conc}"
-        config = describe(folder, scp={"port": free_port(), "workers": 1, "max_associations": 100})
+        config = describe(folder, scp={"port": free_port(), "max_associations": 100})
         port = check_config(config).config.gateway.scp.port
         trace = folder / "trace"
         serve = [sys.executable, "-P", "-m", "console.serve", "intake", str(config)]

@@ -1,7 +1,7 @@
 """The segment being written: a shared sync, over blocks that were written before wherever that pays.
 
 Group commit: the first thread that waits finds no sync under way and syncs for all that have written; those who come
-meanwhile wait for the next. Nobody is delayed to collect more, and each is woken by a lock of its own.
+meanwhile wait for the next. It waits a moment for those about to write (`Gathering`); each is woken by a lock of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from clarion.adapters.files import open_past_cache, sync_folder
 from clarion.adapters.objects import segment_path
 from clarion.crashpoints import effect
 from gateway.blocks import to_blocks
+from gateway.gathering import Gathering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class Segment:
         self._on_synced = on_synced
         self._mutex = threading.Lock()
         self._leading = False
+        self._gathering = Gathering()
         self._waiting: list[tuple[int, threading.Lock]] = []
         # What is reserved and being written: by its end, where what lies before it ends.
         self._filling: dict[int, int] = {}
@@ -135,6 +137,7 @@ class Segment:
 
     def sync(self, end: int) -> None:
         """Return when everything up to `end` is durable; raises OSError when it cannot be."""
+        self._gathering.came()
         while True:
             with self._mutex:
                 if self.synced >= end:
@@ -162,15 +165,18 @@ class Segment:
         return gate
 
     def _lead(self) -> None:
+        self._gathering.wait()
         with self._mutex:
             # What failed meanwhile is not being written any more, and is not written either.
             mark = self.synced if self.broken else self._written()
+        self._gathering.begin()
         try:
             with effect("journal.sync"):
                 os.fdatasync(self._file)
         except OSError:
             self.broken = True
             mark = self.synced
+        self._gathering.end()
         self._let_go(mark)
 
     def _let_go(self, mark: int) -> None:
