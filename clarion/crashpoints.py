@@ -61,6 +61,8 @@ EFFECTS = (
     "delivery.unverified",
     "delivery.look",
     "delivery.lost",
+    "delivery.outage",
+    "delivery.outageended",
     "delivery.retry",
     "delivery.supersede",
     "commitment.report",

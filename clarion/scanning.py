@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from clarion.elements import (
     DEFLATED_LE,
@@ -43,8 +42,7 @@ _HEAD = 8
 _LONGEST = 130
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scan:
+class Scan(NamedTuple):
     """What a data set says it is; an element that is absent is an empty text. `checked`: walked to the last byte."""
 
     sop_class_uid: str

@@ -186,6 +186,7 @@ class App:
         from gateway import tables  # noqa: PLC0415  as above
         from gateway.answers import CommitmentAnswers  # noqa: PLC0415  as above
         from gateway.delivery import DeliveryStage  # noqa: PLC0415  as above
+        from gateway.outages import Outages  # noqa: PLC0415  as above
         from gateway.outbound import Outbound  # noqa: PLC0415  as above
         from gateway.requests import (  # noqa: PLC0415  as above
             DeliveryRequests,
@@ -202,6 +203,7 @@ class App:
             config=self.checked.config.gateway,
             bus=bus,
             outbound=Outbound(self.database),
+            outages=Outages(self.database),
             store=self.store,
             clock=self.clock,
             answers=CommitmentAnswers(self.database, self.checked.config.gateway, self.clock),

@@ -28,7 +28,7 @@ from clarion.errors import (
 )
 from gateway.circuits import Circuits
 from gateway.outbound import BY_A_PERSON, SENT, UNKNOWN_DESTINATION, Outbound, backoff, judge, outcome_of
-from gateway.pool import Pool, UnreachedError
+from gateway.pool import Pool, TurnedAwayError, UnreachedError
 from gateway.proving import Prover
 from gateway.scu import Requestor, Timeouts
 from gateway.sending import Sender
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from clarion.ports import Clock, EventBus, ObjectStore
     from gateway.answers import Answer, CommitmentAnswers
     from gateway.commitments import Report
+    from gateway.outages import Outages
     from gateway.outbound import Delivery, Item
     from gateway.pool import Classes
 
@@ -64,6 +65,7 @@ class DeliveryStage:
         config: GatewayConfig,
         bus: EventBus,
         outbound: Outbound,
+        outages: Outages,
         store: ObjectStore,
         clock: Clock,
         answers: CommitmentAnswers,
@@ -76,6 +78,8 @@ class DeliveryStage:
         self._destinations = {one.name.lower(): one.destination for one in config.destinations}
         self._busy: dict[str, threading.Thread] = {}
         self._circuits = Circuits(clock)
+        self._outages = outages
+        self._longest_outage = timedelta(hours=config.delivery.outage_h)
         self._room = threading.BoundedSemaphore(config.scu.max_associations)
         timeouts = Timeouts(connect_s=config.delivery.connect_timeout_s, dimse_s=config.delivery.dimse_timeout_s)
         self._pool = Pool(partial(self._associate, timeouts), most=config.scu.max_associations)
@@ -89,7 +93,14 @@ class DeliveryStage:
             leave=self._room.release,
         )
         self._by_web = WebSender(store=store, outbound=outbound, threshold=threshold, timeouts=timeouts)
-        self._prover = Prover(outbound=outbound, pool=self._pool, clock=clock, timeouts=timeouts, again=self._again)
+        self._prover = Prover(
+            outbound=outbound,
+            pool=self._pool,
+            clock=clock,
+            timeouts=timeouts,
+            again=self._again,
+            reached=self._reached,
+        )
         outbound.requeue([one.name for one in self._destinations.values()], clock.now())
 
     def step(self) -> bool:
@@ -107,7 +118,7 @@ class DeliveryStage:
         self._busy = {name: thread for name, thread in self._busy.items() if thread.is_alive()}
         now = self._clock.now()
         waiting: dict[str, list[Delivery]] = {}
-        for delivery in self._outbound.due(now):
+        for delivery in self._outbound.due(now, passing_over={*self._busy, *self._circuits.open_ones()}):
             waiting.setdefault(delivery.destination.lower(), []).append(delivery)
         for name, deliveries in waiting.items():
             chosen = [one for one in deliveries if self._is_its_hour(one, now)]
@@ -210,7 +221,29 @@ class DeliveryStage:
         if destination is None:
             self._outbound.settle_unverified(delivery.delivery_id, UNKNOWN_DESTINATION)
             return
-        self._prover.verify(destination, delivery)
+        now, until = self._clock.now(), self._proof_until()
+        overdue = delivery.verify_until is not None and now > delivery.verify_until
+        if self._outages.is_on(destination.name):
+            # Whoever comes back has as long as usual: it may have to index first what it took.
+            delivery = replace(delivery, verify_until=until, transaction_uid=None)
+        try:
+            self._prover.verify(destination, delivery)
+        except UnreachedError as error:
+            lasted = self._unreached(destination)
+            self._prover.later(delivery, error, given_up=overdue and lasted >= self._longest_outage)
+
+    def _reached(self, destination: Destination) -> None:
+        """A destination is there."""
+        self._circuits.worked(destination.name)
+        self._outages.worked(destination.name, verify_until=self._proof_until())
+
+    def _unreached(self, destination: Destination) -> timedelta:
+        """It is not; give since how long."""
+        self._circuits.failed(destination.name)
+        return self._outages.failed(destination.name, self._clock.now())
+
+    def _proof_until(self) -> datetime:
+        return self._clock.now() + timedelta(seconds=self._config.delivery.commitment_timeout_s)
 
     def _send(self, delivery: Delivery) -> None:
         destination = self._destinations.get(delivery.destination.lower())
@@ -226,10 +259,9 @@ class DeliveryStage:
         try:
             trouble = self._try(destination, delivery, items)
         except UnreachedError as error:
-            self._circuits.failed(destination.name)
-            self._settle_unreached(delivery, str(error))
-        else:
-            self._settle(replace(delivery, unreached=None), trouble)
+            self._settle_unreached(delivery, str(error), self._unreached(destination))
+            return
+        self._settle(delivery, trouble)
 
     def _try(self, destination: Destination, delivery: Delivery, items: list[Item]) -> str:
         """Send what is to be sent; give why that ended early, if it did. Raises UnreachedError."""
@@ -239,7 +271,8 @@ class DeliveryStage:
                 sender.send(destination, delivery.delivery_id, items)
         except UnreachedError:
             raise
-        except PeerRefusedError as error:
+        except (TurnedAwayError, PeerRefusedError) as error:
+            self._reached(destination)
             self._circuits.failed(destination.name)
             return str(error)
         except (PeerUnavailableError, StoreUnavailableError) as error:
@@ -248,25 +281,23 @@ class DeliveryStage:
             # Ours: it counts as an attempt, so that it ends, and with a reason.
             log.exception("delivery.broken", delivery=delivery.delivery_id)
             return describe(error)
-        self._circuits.worked(destination.name)
+        self._reached(destination)
         return ""
 
-    def _settle_unreached(self, delivery: Delivery, trouble: str) -> None:
+    def _settle_unreached(self, delivery: Delivery, trouble: str, lasted: timedelta) -> None:
         """Nobody was there. For as long as an outage may last that spends no tries: a PACS is away for a weekend."""
-        now = self._clock.now()
-        since = delivery.unreached or now
-        if now - since < timedelta(hours=self._config.delivery.outage_h):
+        if lasted < self._longest_outage:
             log.warning("delivery.unreached", delivery=delivery.delivery_id, reason=trouble)
-            self._outbound.settle_unreached(delivery, now=now, since=since, reason=trouble)
+            self._outbound.settle_unreached(delivery, now=self._clock.now(), reason=trouble)
         else:
-            self._settle(replace(delivery, unreached=since), trouble)
+            self._settle(delivery, trouble)
 
     def _settle(self, delivery: Delivery, trouble: str) -> None:
         now = self._clock.now()
         outcome, reason = judge(self._outbound.items(delivery.delivery_id))
         settings = self._config.delivery
         if outcome is Outcome.DONE:
-            until = now + timedelta(seconds=settings.commitment_timeout_s)
+            until = self._proof_until()
             self._outbound.settle_sent(delivery, now=now, verify_until=until, verify=settings.verify)
             log.info("delivery.sent", delivery=delivery.delivery_id, destination=delivery.destination)
             return

@@ -36,7 +36,7 @@ class Gathering:
     def wait(self) -> None:
         """Wait for who wrote lately, for half as long as the last sync took at most."""
         with self._lock:
-            self._missing = (self._lately[0] | self._lately[1]) - self._came
+            self._missing = (self._lately[0] | self._lately[1]) - self._came - {threading.get_ident()}
             if not self._missing:
                 return
             complete = self._complete = threading.Lock()
@@ -45,10 +45,10 @@ class Gathering:
         with self._lock:
             self._complete = None
 
-    def begin(self) -> None:
-        """A sync begins, of all who came."""
+    def begin(self, waiting: set[int]) -> None:
+        """A sync begins, of all who came but those who wait on for what is still being written."""
         with self._lock:
-            self._lately, self._came = (self._lately[1], self._came), set()
+            self._lately, self._came = (self._lately[1], self._came - waiting), waiting
         self._began = time.perf_counter()
 
     def end(self) -> None:

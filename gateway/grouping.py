@@ -13,7 +13,6 @@ import itertools
 import threading
 import time
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_fields
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -329,7 +328,7 @@ class Grouping:
             log.error("record.refused", kind=entry.kind, error=describe(error))  # noqa: TRY400  no foreign text
             place = {"segment": entry.after.segment, "offset": entry.begin}
             with connection.begin_nested():
-                self._records.set_aside(connection, replace_fields(entry, fields=place), reason)
+                self._records.set_aside(connection, entry._replace(fields=place), reason)
 
     # Groups ----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -46,8 +46,7 @@ _LOOK_FOR_ROOM_BYTES = 16 * 2**20
 _MOST_BUFFERS = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
+class Arrival(NamedTuple):
     """What a request says of the data set that follows, and who sends it; `study_uid` if it has to be of that."""
 
     sop_class_uid: str
@@ -59,8 +58,7 @@ class Arrival:
     study_uid: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """The status to answer, an Error Comment without patient data, and the study if it is known."""
 
     status: int

@@ -19,7 +19,7 @@ import re
 import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import structlog
 from blake3 import blake3
@@ -74,8 +74,7 @@ class Position:
 START = Position(1, 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """One record: when it was journalled, its kind, its fields, the log it is from and the position after it.
 
     `begin` is the offset in its segment, `since` that of the end of the record before. `head` is the beginning of the
@@ -97,8 +96,7 @@ def encode_key(key: bytes) -> bytes:
     return _KEY_MAGIC + key
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """Where a record is to be, and how many bytes are left out before it, before its data and behind it."""
 
     segment: int

@@ -26,6 +26,8 @@ WAITING, SENT, VERIFIED, UNVERIFIED, FAILED = "waiting", "sent", "verified", "un
 SUPERSEDED = "superseded"
 RETRYABLE = (WAITING, FAILED, UNVERIFIED, SUPERSEDED)
 UNKNOWN_DESTINATION = "unknown-destination"
+NOT_REACHED = "not reached: "
+"""How the reason begins for which a delivery waits whose destination is away."""
 BY_A_PERSON = "taken-up"
 """Why a delivery waits that somebody took up: it does not wait for a window."""
 
@@ -35,10 +37,7 @@ _items = tables.delivery_instances
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """A delivery as it stands; `attempts` counts all, `spent` those of budgets that are over or that reached nobody.
-
-    `unreached` is since when its destination has not been reached.
-    """
+    """A delivery as it stands; `attempts` counts all, `spent` those that do not count any more."""
 
     delivery_id: str
     job_id: str
@@ -48,7 +47,6 @@ class Delivery:
     spent: int
     transaction_uid: str | None
     verify_until: datetime | None
-    unreached: datetime | None = None
     reason: str = ""
 
 
@@ -70,11 +68,12 @@ class Outbound:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def due(self, now: datetime) -> list[Delivery]:
-        """List what is to be sent or verified by now, in order of registration."""
+    def due(self, now: datetime, passing_over: Iterable[str] = ()) -> list[Delivery]:
+        """List what is to be sent or verified by now, in order of registration; nothing of the named destinations."""
         query = (
-            sa.select(_table)
+            sa.select(*_SHOWN)
             .where(_table.c.state.in_((WAITING, SENT)), _table.c.due <= now.isoformat())
+            .where(sa.func.lower(_table.c.destination).not_in(sorted(passing_over)))
             .order_by(_table.c.requested, _table.c.delivery_id)
         )
         with self._database.reading() as connection:
@@ -133,19 +132,20 @@ class Outbound:
                 due=now.isoformat(),
                 verify_until=verify_until.isoformat(),
                 reason="",
-                unreached=None,
             )
             record_events(connection, [event])
 
-    def settle_unreached(self, delivery: Delivery, *, now: datetime, since: datetime, reason: str) -> None:
-        """An attempt reached nobody: it does not count, and is said once."""
+    def settle_unreached(self, delivery: Delivery, *, now: datetime, reason: str) -> None:
+        """An attempt reached nobody: it does not count, and an outage is said once."""
+        here = sa.and_(_table.c.delivery_id == delivery.delivery_id, _table.c.spent == delivery.spent)
         with effect("delivery.settle"), self._database.transaction() as connection:
             if not _is(connection, delivery.delivery_id, WAITING):
                 return
-            if reason != delivery.reason:
-                self._fail(connection, delivery, now=now, reason=reason, again=now)
-            values = {"due": now.isoformat(), "spent": _table.c.spent + 1, "unreached": since.isoformat()}
-            self._change(connection, delivery.delivery_id, **values)
+            values = {"spent": delivery.spent + 1, "due": now.isoformat(), "reason": f"{NOT_REACHED}{reason}"}
+            if connection.execute(_table.update().where(here).values(**values)).rowcount == 0:
+                return  # somebody has taken it up meanwhile
+            if not delivery.reason.startswith(NOT_REACHED):
+                record_events(connection, [_failed(connection, delivery, now=now, reason=reason, final=False)])
 
     def settle_failed(self, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None) -> None:
         """An attempt failed: tried again at `again`, or never when that is None."""
@@ -156,17 +156,9 @@ class Outbound:
     def _fail(
         self, connection: sa.Connection, delivery: Delivery, *, now: datetime, reason: str, again: datetime | None
     ) -> None:
-        event = events.DeliveryFailed(
-            **next_of_delivery(connection, delivery.delivery_id, now),
-            destination=delivery.destination,
-            attempt=delivery.attempts,
-            reason=reason,
-            final=again is None,
-        )
+        event = _failed(connection, delivery, now=now, reason=reason, final=again is None)
         state = FAILED if again is None else WAITING
-        since = delivery.unreached.isoformat() if delivery.unreached else None
-        values = {"state": state, "due": (again or now).isoformat(), "reason": reason, "unreached": since}
-        self._change(connection, delivery.delivery_id, **values)
+        self._change(connection, delivery.delivery_id, state=state, due=(again or now).isoformat(), reason=reason)
         record_events(connection, [event])
 
     def commitment_asked(self, delivery_id: str, transaction_uid: str, due: datetime) -> None:
@@ -255,7 +247,6 @@ class Outbound:
             "due": now.isoformat(),
             "reason": reason,
             "transaction_uid": None,
-            "unreached": None,
         }
         fresh["spent"] = _table.c.attempts
         with effect("delivery.retry"), self._database.transaction() as connection:
@@ -271,6 +262,18 @@ class Outbound:
 
     def _change(self, connection: sa.Connection, delivery_id: str, **values: object) -> None:
         connection.execute(_table.update().where(_table.c.delivery_id == delivery_id).values(**values))
+
+
+def _failed(
+    connection: sa.Connection, delivery: Delivery, *, now: datetime, reason: str, final: bool
+) -> events.DeliveryFailed:
+    return events.DeliveryFailed(
+        **next_of_delivery(connection, delivery.delivery_id, now),
+        destination=delivery.destination,
+        attempt=delivery.attempts,
+        reason=reason,
+        final=final,
+    )
 
 
 def _is(connection: sa.Connection, delivery_id: str, state: str) -> bool:
@@ -299,6 +302,15 @@ def _forget_refusals(connection: sa.Connection, delivery_id: str) -> None:
     connection.execute(_items.update().where(here).values(status=None, note="to be sent again"))
 
 
+_SHOWN = [
+    _table.c[name]
+    for name in (
+        "delivery_id", "job_id", "destination", "state", "attempts", "spent", "reason", "transaction_uid",
+        "verify_until",
+    )
+]  # fmt: skip
+
+
 def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`
     return Delivery(
         delivery_id=row.delivery_id,
@@ -309,7 +321,6 @@ def _delivery(row: Any) -> Delivery:  # noqa: ANN401  a row of `deliveries`
         spent=row.spent,
         transaction_uid=row.transaction_uid,
         verify_until=datetime.fromisoformat(row.verify_until) if row.verify_until else None,
-        unreached=datetime.fromisoformat(row.unreached) if row.unreached else None,
         reason=row.reason,
     )
 

@@ -36,6 +36,10 @@ class UnreachedError(PeerUnavailableError):
     """No association could be made; whoever else wants one from this peer need not try now."""
 
 
+class TurnedAwayError(PeerUnavailableError):
+    """It is there and takes nothing now; whoever else has something for this peer need not try now."""
+
+
 @dataclass(slots=True)
 class _Idle:
     name: str

@@ -13,6 +13,7 @@ import structlog
 from clarion.crashpoints import effect
 from clarion.errors import PeerRefusedError, PeerUnavailableError
 from clarion.model import derive_uid
+from gateway.pool import UnreachedError
 from gateway.web_peer import WebPeer
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ _ASK_AGAIN = timedelta(seconds=5)
 
 
 class Prover:
-    """Verifies deliveries. `again` says after how long a delivery is tried again, or None when its budget is spent."""
+    """Verifies deliveries. `again` says after how long a delivery is tried again, or None when its budget is spent.
+
+    `reached` is told of every destination that is there.
+    """
 
     def __init__(
         self,
@@ -42,7 +46,9 @@ class Prover:
         clock: Clock,
         timeouts: Timeouts,
         again: Callable[[Delivery], timedelta | None],
+        reached: Callable[[Destination], None],
     ) -> None:
+        self._reached = reached
         self._outbound = outbound
         self._pool = pool
         self._clock = clock
@@ -50,7 +56,7 @@ class Prover:
         self._again = again
 
     def verify(self, destination: Destination, delivery: Delivery) -> None:
-        """Look for proof, ask for it, or give up at the deadline."""
+        """Look for proof, ask for it, or give up at the deadline. Raises UnreachedError."""
         overdue = delivery.verify_until is not None and self._clock.now() > delivery.verify_until
         if delivery.transaction_uid is not None and self._committed(delivery, destination.ae_title, overdue=overdue):
             return
@@ -59,12 +65,18 @@ class Prover:
                 self._ask_web(destination, delivery, overdue=overdue)
             else:
                 self._ask(destination, delivery, overdue=overdue)
+        except UnreachedError:
+            raise
         except (PeerUnavailableError, PeerRefusedError) as error:
-            log.warning("delivery.verifylater", delivery=delivery.delivery_id, reason=str(error))
-            if overdue:
-                self._outbound.settle_unverified(delivery.delivery_id, f"no proof to be had: {error}")
-            else:
-                self._outbound.look_again(delivery.delivery_id, self._clock.now() + _ASK_AGAIN)
+            self.later(delivery, error, given_up=overdue)
+
+    def later(self, delivery: Delivery, error: Exception, *, given_up: bool) -> None:
+        """Look again soon at what could not be asked for now, or give it up."""
+        log.warning("delivery.verifylater", delivery=delivery.delivery_id, reason=str(error))
+        if given_up:
+            self._outbound.settle_unverified(delivery.delivery_id, f"no proof to be had: {error}")
+        else:
+            self._outbound.look_again(delivery.delivery_id, self._clock.now() + _ASK_AGAIN)
 
     def _committed(self, delivery: Delivery, peer: str, *, overdue: bool) -> bool:
         """Judge by the peer's commitment report; tell whether there is nothing more to ask now."""
@@ -81,6 +93,7 @@ class Prover:
         items = self._outbound.items(delivery.delivery_id)
         with self._pool.lend(destination, frozenset()) as lent:
             peer = lent.requestor
+            self._reached(destination)
             if delivery.transaction_uid is None and not overdue and peer.commits:
                 transaction = derive_uid("commitment", delivery.delivery_id, delivery.attempts)
                 pairs = [(item.instance.sop_class_uid, item.instance.sop_instance_uid) for item in items]
@@ -100,6 +113,7 @@ class Prover:
         items = self._outbound.items(delivery.delivery_id)
         with WebPeer(destination, self._timeouts) as peer:
             found = _found(peer.find, items)
+        self._reached(destination)
         self._judge(delivery, items, found, how="qido-rs", overdue=overdue)
 
     def _judge(self, delivery: Delivery, items: list[Item], found: set[str], *, how: str, overdue: bool) -> None:

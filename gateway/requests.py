@@ -74,7 +74,6 @@ def _row_of(event: events.DeliveryRequested) -> dict[str, Any]:
         "sequence": event.sequence,
         "attempts": 0,
         "spent": 0,
-        "unreached": None,
         "due": event.time.isoformat(),
         "requested": event.time.isoformat(),
         "reason": "",
@@ -114,13 +113,7 @@ class ReplayedDeliveries:
 
     def _send_again(self, known: events.DeliveryRequested, order: events.ReplayOrdered) -> None:
         here = sa.and_(_table.c.delivery_id == known.subject, _table.c.followed != order.event_id)
-        fresh = {
-            "state": WAITING,
-            "due": order.time.isoformat(),
-            "reason": "",
-            "transaction_uid": None,
-            "unreached": None,
-        }
+        fresh = {"state": WAITING, "due": order.time.isoformat(), "reason": "", "transaction_uid": None}
         changed = _table.update().where(here).values(**fresh, spent=_table.c.attempts, followed=order.event_id)
         items = _items.update().where(_items.c.delivery_id == known.subject)
         with effect("delivery.replay"), self._database.transaction() as connection:

@@ -1,7 +1,8 @@
 """The segment being written: a shared sync, over blocks that were written before wherever that pays.
 
 Group commit: the first thread that waits finds no sync under way and syncs for all that have written; those who come
-meanwhile wait for the next. It waits a moment for those about to write (`Gathering`); each is woken by a lock of its own.
+meanwhile wait for the next. It begins a moment later where others are about to write (`Gathering`); each is woken by a
+lock of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Segment:
         self._mutex = threading.Lock()
         self._leading = False
         self._gathering = Gathering()
-        self._waiting: list[tuple[int, threading.Lock]] = []
+        # Up to where, by which lock, and who.
+        self._waiting: list[tuple[int, threading.Lock, int]] = []
         # What is reserved and being written: by its end, where what lies before it ends.
         self._filling: dict[int, int] = {}
         # How far the file's blocks have been written, by this use of it or an older one.
@@ -127,7 +129,7 @@ class Segment:
         """Have everybody look again: the segment is broken. Whose a sync under way may be waits on for it."""
         with self._mutex:
             woken, self._waiting = self._waiting, []
-        for _, gate in woken:
+        for _, gate, _ in woken:
             gate.release()
 
     def _write_rest(self, whole: bytes, offset: int, done: int) -> None:
@@ -161,7 +163,7 @@ class Segment:
         """Make a lock that is released when there is news for who waits for `end`. Called with the mutex."""
         gate = threading.Lock()
         gate.acquire()
-        self._waiting.append((end, gate))
+        self._waiting.append((end, gate, threading.get_ident()))
         return gate
 
     def _lead(self) -> None:
@@ -169,7 +171,8 @@ class Segment:
         with self._mutex:
             # What failed meanwhile is not being written any more, and is not written either.
             mark = self.synced if self.broken else self._written()
-        self._gathering.begin()
+            waiting = {who for end, _, who in self._waiting if end > mark}
+        self._gathering.begin(waiting)
         try:
             with effect("journal.sync"):
                 os.fdatasync(self._file)
@@ -194,7 +197,7 @@ class Segment:
                 rest.remove(following)
                 woken = [*woken, following]
             self._waiting = rest
-        for _, gate in woken:
+        for _, gate, _ in woken:
             gate.release()
 
     def retire(self) -> None:

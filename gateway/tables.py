@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from clarion.adapters.database import BIG, TEXT
 from clarion.adapters.schema import Schema
 
-SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0001")
+SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0002")
 
 metadata = sa.MetaData()
 
@@ -158,10 +158,8 @@ deliveries = sa.Table(
     sa.Column("state", TEXT, nullable=False, index=True),
     sa.Column("sequence", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
-    # Attempts that do not count: before a person asked for more, or while nobody was reached.
+    # Attempts that do not count: before a person asked for more, or while the destination was not reached.
     sa.Column("spent", sa.Integer, nullable=False, default=0),
-    # Since when its destination has not been reached.
-    sa.Column("unreached", TEXT, nullable=True),
     sa.Column("due", TEXT, nullable=False),
     sa.Column("requested", TEXT, nullable=False),
     sa.Column("reason", TEXT, nullable=False, default=""),
@@ -169,6 +167,15 @@ deliveries = sa.Table(
     sa.Column("verify_until", TEXT, nullable=True),
     # The last order of a replay that was followed: seen again, it is passed over.
     sa.Column("followed", TEXT, nullable=False, default=""),
+)
+
+# Destinations that are not reached: since when, and when that was tried last.
+outages = sa.Table(
+    "outages",
+    metadata,
+    sa.Column("destination", TEXT, primary_key=True),
+    sa.Column("since", TEXT, nullable=False),
+    sa.Column("tried", TEXT, nullable=False),
 )
 
 # Jobs whose results must not leave any more; kept, since the request of their delivery may come later.

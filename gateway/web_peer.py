@@ -11,6 +11,7 @@ import httpx
 
 from clarion.dicom import part10
 from clarion.errors import PeerRefusedError, PeerUnavailableError
+from gateway.pool import UnreachedError
 from gateway.statuses import NO_ANSWER, UNSENDABLE
 from gateway.wire.secure import requestor_context
 
@@ -32,6 +33,8 @@ _PAGE = 1000
 _MOST_PAGES = 100
 _UNAUTHORISED = frozenset((401, 403))
 _AGAIN = frozenset((408, 425, 429))
+# What stands before a service says so when there is none behind it.
+_AWAY = frozenset((502, 503, 504))
 _PER_INSTANCE = frozenset((200, 202, 409))
 # What is wrong is the place, and not an instance.
 _NOT_A_SERVICE = frozenset((404, 405, 406, 410, 415, 426))
@@ -139,6 +142,8 @@ class WebPeer:
                     body += piece
                     if len(body) > _MOST_BYTES:
                         raise PeerUnavailableError(f"{self._name}: an answer of more than {_MOST_BYTES} bytes")
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise UnreachedError(f"{self._name}: {self._url} cannot be reached ({error})") from error
         except httpx.TimeoutException as error:
             raise PeerUnavailableError(f"{self._name}: {self._url} does not answer") from error
         except httpx.HTTPError as error:
@@ -147,6 +152,8 @@ class WebPeer:
             cut_off.cancel()
         if answer.status_code in _UNAUTHORISED:
             raise PeerRefusedError(f"{self._name}: HTTP {answer.status_code}; is the user or token right?")
+        if answer.status_code in _AWAY:
+            raise UnreachedError(f"{self._name}: HTTP {answer.status_code}; is the service running there?")
         if answer.status_code in _AGAIN or answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
             raise PeerUnavailableError(f"{self._name}: HTTP {answer.status_code}")
         return answer.status_code, _json_of(bytes(body))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from clarion.crashpoints import effect
 from clarion.errors import PeerUnavailableError, PermanentError
-from gateway.pool import UnreachedError
+from gateway.pool import TurnedAwayError, UnreachedError
 from gateway.statuses import UNSENDABLE, Outcome, classify
 from gateway.web_peer import WebPeer
 
@@ -30,7 +30,7 @@ class WebSender:
         self._timeouts = timeouts
 
     def send(self, destination: Destination, delivery_id: str, items: list[Item]) -> None:
-        """Send instances; raises what stopped it: PeerUnavailableError, PeerRefusedError, StoreUnavailableError."""
+        """Send instances; raises what stopped it: Unreached-, PeerUnavailable-, PeerRefused-, StoreUnavailableError."""
         failed = 0
         with WebPeer(destination, self._timeouts) as peer:
             for start in range(0, len(items), BATCH):
@@ -47,9 +47,11 @@ class WebSender:
     def _store_batch(self, peer: WebPeer, items: list[Item], *, first: bool) -> dict[str, tuple[int, str]]:
         try:
             return peer.store([one.instance for one in items], self._store)
+        except UnreachedError:
+            raise
         except PeerUnavailableError as error:
             if first:
-                raise UnreachedError(str(error)) from error
+                raise TurnedAwayError(str(error)) from error
             raise
 
     def _is_readable(self, delivery_id: str, item: Item) -> bool:

@@ -172,7 +172,7 @@ def _ours(error: DBAPIError, done: str) -> BusUnavailableError | DatabaseRefusal
 
 def _sqlite_engine(url: str) -> sa.Engine:
     engine = sa.create_engine(
-        url, json_serializer=_json, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}
+        url, json_serializer=as_json, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}
     )
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin)
@@ -184,7 +184,7 @@ def _postgresql_engine(url: str) -> sa.Engine:
     options = f"{given.query.get('options', '')} {_POSTGRESQL_OPTIONS}"
     return sa.create_engine(
         given.set(drivername="postgresql+psycopg"),
-        json_serializer=_json,
+        json_serializer=as_json,
         max_overflow=20,
         connect_args={"connect_timeout": _CONNECT_S, "options": options, "application_name": "clarion"},
     )
@@ -209,9 +209,10 @@ def private_schema(url: str, name: str) -> Iterator[str]:
         engine.dispose()
 
 
-def _json(value: object) -> str:
+def as_json(value: object) -> str:
+    """Write JSON as `json.dumps` does, in ASCII, and several times as fast."""
     try:
-        return to_json(value).decode()
+        return to_json(value, ensure_ascii=True).decode()
     except PydanticSerializationError:  # half of a surrogate pair, which only an escape can say
         return json.dumps(value)
 

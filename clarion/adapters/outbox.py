@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-from pydantic_core import to_json
 
-from clarion.adapters.database import BIG, TEXT, insert_many, lock, replace
+from clarion.adapters.database import BIG, TEXT, as_json, insert_many, lock, replace
 from clarion.adapters.schema import Schema
 from clarion.adapters.topics import family_of
 from clarion.codec import Record, encode
@@ -87,7 +86,7 @@ def record_events(connection: sa.Connection, events: Iterable[Event], *, cause: 
             "kind": record.headers["ce_type"],
             "subject": record.key,
             "time": record.headers["ce_time"],
-            "headers": to_json({**record.headers, "traceparent": _traceparent(connection, record, cause)}).decode(),
+            "headers": as_json({**record.headers, "traceparent": _traceparent(connection, record, cause)}),
             "body": record.body,
         }
         for record in map(encode, events)

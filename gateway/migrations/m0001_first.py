@@ -65,7 +65,6 @@ def _deliveries() -> None:
         sa.Column("sequence", sa.Integer, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("spent", sa.Integer, nullable=False),
-        sa.Column("unreached", TEXT, nullable=True),
         sa.Column("due", TEXT, nullable=False),
         sa.Column("requested", TEXT, nullable=False),
         sa.Column("reason", TEXT, nullable=False),

@@ -91,19 +91,47 @@ def test_a_destination_that_is_down_for_a_day_holds_up_nobody_and_gets_everythin
 
 def test_an_outage_longer_than_is_allowed_spends_the_budget(tmp_path: Path) -> None:
     """Bites: count an outage's tries, and it ends after a few; never count them, and nobody hears of it."""
-    rig = Rig(tmp_path, free_port(), max_retries=2, retry_delay_s=180, outage_h=1)
-    rig.request()
-    for minute in range(80):
+    port = free_port()
+    rig = Rig(tmp_path, port, max_retries=2, retry_delay_s=180, outage_h=1)
+    for name in ("d", "e", "f"):
+        rig.request(delivery=name)
+    for minute in range(100):
         rig.clock.advance(timedelta(minutes=1))
         rig.stage.step()
         while not rig.stage.idle():
             pause(0.001)
         if minute == 55:
             assert rig.row().state == "waiting"
-    assert rig.row().state == "failed"
-    assert rig.row().attempts - rig.row().spent == 3
-    rig.outbound.retry(["d"], rig.clock.now())
-    assert rig.row().unreached is None, "whoever takes it up gives it as long again"
+    for name in ("d", "e", "f"):
+        assert rig.row(name).state == "failed", "each has waited as long"
+        assert rig.row(name).attempts - rig.row(name).spent == 3
+    with peer(port=port) as returned:
+        rig.outbound.retry(["d"], rig.clock.now())
+        rig.clock.advance(timedelta(minutes=2))
+        assert rig.settle().state == "verified"
+        assert set(returned.stored.values()) == {1}
+
+
+def test_what_was_sent_before_an_outage_is_proved_after_it(tmp_path: Path) -> None:
+    """Bites: give up after a minute, and what a PACS took before it was restarted is never verified."""
+    port = free_port()
+    with peer(find=lambda _: 0xA700, port=port) as before:
+        rig = Rig(tmp_path, port, commitment_timeout_s=1000)
+        rig.request()
+        rig.step_until(lambda: rig.row() is not None and rig.row().state == "sent" and rig.stage.idle())
+        kept = dict(before.stored)
+    rig.stage._pool.close(0)
+    for _ in range(40):
+        rig.clock.advance(timedelta(minutes=1))
+        rig.stage.step()
+        while not rig.stage.idle():
+            pause(0.001)
+    assert rig.row().state == "sent"
+    assert rig.stage.facts()["destinations_unreached"], "its circuit is open: nobody else has to wait for it"
+    with peer(port=port) as after:
+        after.stored.update(kept)
+        assert rig.settle().state == "verified"
+        assert after.stored == kept
 
 
 def test_every_status_is_mapped_kept_and_shown(tmp_path: Path) -> None:

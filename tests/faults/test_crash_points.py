@@ -35,6 +35,7 @@ from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
 from gateway import tables
 from gateway.answers import CommitmentAnswers, judge
+from gateway.outages import Outages
 from gateway.outbound import Delivery, Outbound
 from gateway.requests import DeliveryRequests, SupersededJobs
 from orchestrator.ledger import Job, Ledger
@@ -45,7 +46,8 @@ SEEDS = (1, 2, 3)
 # Passed only when something fails, or by chance; they have cases of their own below.
 ONLY_ON_FAILURE = {
     "ledger.fail", "bus.deadletter", "ledger.handback", "commitment.report", "delivery.unverified", "delivery.look",
-    "delivery.lost", "delivery.retry", "delivery.supersede", "deadletters.mark", "deadletters.settle",
+    "delivery.lost", "delivery.retry", "delivery.supersede", "delivery.outage", "delivery.outageended",
+    "deadletters.mark", "deadletters.settle",
     "commitment.settle",
     # Those of replays have a campaign of their own (test_replay_crash.py).
     "ledger.retry", "delivery.replay", "replay.plan", "replay.state", "replay.order", "replay.settle",
@@ -230,6 +232,11 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
     "delivery.retry": (
         lambda one: one.outbound.settle_failed(one.delivery(), now=MOMENT, reason="why", again=None),
         lambda one: one.outbound.retry(["d"], MOMENT),
+    ),
+    "delivery.outage": (lambda _: None, lambda one: Outages(one.database).failed("PACS", MOMENT)),
+    "delivery.outageended": (
+        lambda one: Outages(one.database).failed("PACS", MOMENT),
+        lambda one: Outages(one.database).worked("PACS", verify_until=MOMENT),
     ),
     "delivery.supersede": (
         lambda _: None,

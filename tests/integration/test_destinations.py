@@ -419,7 +419,7 @@ def test_each_instance_has_its_own_result_and_only_what_may_succeed_is_sent_agai
 @pytest.mark.parametrize(
     ("status", "tries", "said"),
     [
-        (415, 3, "HTTP 415; does"), (404, 3, "HTTP 404; does"), (302, 3, "HTTP 302; does"), (503, 3, "HTTP 503"),
+        (415, 3, "HTTP 415; does"), (404, 3, "HTTP 404; does"), (302, 3, "HTTP 302; does"), (500, 3, "HTTP 500"),
         (429, 3, "HTTP 429"), (400, 5, "HTTP 400"),
     ],
 )  # fmt: skip
@@ -432,6 +432,22 @@ def test_http_statuses(status: int, tries: int, said: str, tmp_path: Path) -> No
     rig, row = settled(service, tmp_path)
     assert (row.state, len(service.asked)) == ("failed", tries)
     assert said in row.reason + str(notes(rig))
+
+
+def test_a_service_that_is_away_behind_a_proxy_costs_no_tries(tmp_path: Path) -> None:
+    """Bites: count a 503, and the service gets nothing when it is back."""
+    everything = (200, answer([f"1.2.3.{number}" for number in range(4)], {}))
+    service = Service(*[(503, None)] * 5, everything)
+    try:
+        rig = Rig(tmp_path, 1, destination=web(service.url), verify=False)
+        rig.request()
+        row = rig.settle()
+    finally:
+        service.close()
+    assert row.state == "unverified", "sent, and not to be proved"
+    assert len(service.asked) == 6
+    assert row.attempts == 6
+    assert rig.kinds().count("delivery.failed.v1") == 1, "an outage is said once"
 
 
 def test_one_that_a_service_does_not_like_does_not_take_the_others_with_it(tmp_path: Path) -> None:

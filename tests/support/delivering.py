@@ -37,6 +37,7 @@ from clarion.testing.suites import MOMENT
 from gateway import tables
 from gateway.answers import CommitmentAnswers
 from gateway.delivery import DeliveryStage
+from gateway.outages import Outages
 from gateway.outbound import Outbound
 from gateway.requests import DeliveryRequests, SupersededJobs
 
@@ -90,6 +91,7 @@ class Rig:
             config=config,
             bus=bus,
             outbound=self.outbound,
+            outages=Outages(self.database),
             store=self.store,
             clock=self.clock,
             answers=CommitmentAnswers(self.database, config, self.clock),

@@ -24,7 +24,7 @@ def at_once(work: Callable[[], None]) -> threading.Thread:
 
 
 def synced(one: Gathering, seconds: float) -> None:
-    one.begin()
+    one.begin(set())
     one.end()
     one._sync_s = seconds
 
@@ -60,6 +60,20 @@ def test_who_wrote_lately_is_waited_for_and_lets_the_sync_begin() -> None:
     leading.join(10)
     assert not leading.is_alive(), "it has come: there is nobody else to wait for"
     beside.join(10)
+
+
+def test_who_waits_for_what_is_being_written_is_not_waited_for() -> None:
+    """Bites: it cannot come again before a sync that this one delays."""
+    one = Gathering()
+    blocked = 7
+    one.came()
+    one._came.add(blocked)
+    one.begin({blocked})
+    one.end()
+    one._sync_s = 40.0
+    one.came()
+    one.wait()
+    assert one._lately == (set(), {threading.get_ident()})
 
 
 def test_who_has_stopped_is_waited_for_twice_and_not_for_long() -> None:
