@@ -207,6 +207,7 @@ class Ledgers:
                     tables.deliveries,
                     tables.delivery_instances,
                     tables.commitments,
+                    tables.outages,
                     tables.superseded_jobs,
                     jobs_table,
                     dead_letters,
