@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,13 +17,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
 import load  # noqa: E402
-import sqlalchemy as sa  # noqa: E402
-from support.processes import wait_for_port  # noqa: E402
-from support.system import System, describe, running  # noqa: E402
-from support.world import free_port  # noqa: E402
+from receivers import describe_without_jobs, intake_alone, settle, stored  # noqa: E402
+from support.system import running  # noqa: E402
 
 from console.checks import check_config  # noqa: E402
-from gateway import tables  # noqa: E402
 
 _LANES = 4
 _WINDOW = 1000
@@ -40,8 +35,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder on the file system to be measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="clarion-bench-", dir=options.work) as root, ExitStack() as stack:
-        titles = [{"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct", "timeout": 36000}}]
-        config = describe(Path(root) / "clarion", ae_titles=titles, scp={"port": free_port()})
+        config = describe_without_jobs(Path(root) / "clarion")
         port = check_config(config).config.gateway.scp.port
         _receive_alone(config, port, options.backlog)
         system = stack.enter_context(running(config))
@@ -50,14 +44,14 @@ def main() -> None:
         for _ in range(_WINDOWS):
             behind.append(_window(port, wanted))
             wanted += _WINDOW * _LANES
-            if _stored(system) >= options.backlog:
+            if stored(system) >= options.backlog:
                 raise SystemExit("the backlog was worked off before the windows had ended: take a larger one")
-        left = wanted - _stored(system)
-        _settle(system, wanted)
+        left = wanted - stored(system)
+        settle(system, wanted, _LONGEST_S)
         for _ in range(_WINDOWS):
             caught_up.append(_window(port, wanted))
             wanted += _WINDOW * _LANES
-            _settle(system, wanted)
+            settle(system, wanted, _LONGEST_S)
     print(json.dumps({"left of the backlog after the windows": left, "with": behind, "without": caught_up}))
     medians = [statistics.median(one[1] for one in each) for each in (behind, caught_up)]
     print(json.dumps({"P12 p99 with a backlog : without": round(medians[0] / medians[1], 2)}))
@@ -65,11 +59,8 @@ def main() -> None:
 
 def _receive_alone(config: Path, port: int, count: int) -> None:
     """Receive with nobody to work it off."""
-    serve = [sys.executable, "-P", "-m", "console.serve", "intake", str(config)]
-    with (config.parent / "alone.log").open("wb") as log:
-        process = subprocess.Popen(serve, stdin=subprocess.DEVNULL, stderr=log, stdout=log)
+    process = intake_alone(config)
     try:
-        wait_for_port(port, process)
         loads = load.run(port, "CHEST", "tiny", [count // _LANES] * _LANES, first=0)
     finally:
         process.terminate()
@@ -84,20 +75,8 @@ def _window(port: int, first: int) -> tuple[float, float]:
     if any(one.failed for one in loads):
         raise SystemExit("an instance was not taken")
     latencies = sorted(one for each in loads for one in each.latencies)
-    return tuple(round(1000 * latencies[len(latencies) * part // 100], 2) for part in (50, 99))  # type: ignore[return-value]  # two
-
-
-def _stored(system: System) -> int:
-    with system.database.reading() as connection:
-        return int(connection.execute(sa.select(sa.func.count()).select_from(tables.instances)).scalar_one())
-
-
-def _settle(system: System, count: int) -> None:
-    end = time.monotonic() + _LONGEST_S
-    while _stored(system) < count:
-        if time.monotonic() > end:
-            raise SystemExit(f"the grouping owner has {_stored(system)} of {count} instances")
-        time.sleep(0.1)
+    p50, p99 = (round(1000 * latencies[len(latencies) * part // 100], 2) for part in (50, 99))
+    return p50, p99
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,9 +17,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
 import load  # noqa: E402
 import receivers  # noqa: E402
-from receivers import Receiver, start, tree  # noqa: E402
+from receivers import Receiver, intake_alone, start, tree  # noqa: E402
 from support.dcmtk import need  # noqa: E402
-from support.processes import drain_traced, wait_for_port  # noqa: E402
+from support.processes import drain_traced  # noqa: E402
 from support.system import describe  # noqa: E402
 from support.world import free_port  # noqa: E402
 
@@ -98,13 +97,9 @@ def _syncs(root: Path) -> dict[str, float]:
         config = describe(folder, scp={"port": free_port(), "max_associations": 100})
         port = check_config(config).config.gateway.scp.port
         trace = folder / "trace"
-        serve = [sys.executable, "-P", "-m", "console.serve", "intake", str(config)]
         # Without the filter in the kernel every call would stop, and hardly any two would share a sync.
         strace = [str(need(Path("/usr/bin/strace"), "strace")), "-f", "--seccomp-bpf", "-e", "trace=fdatasync"]
-        command = [*strace, "-o", str(trace), *serve]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, stdout=log)
-        wait_for_port(port, process)
+        process = intake_alone(config, [*strace, "-o", str(trace)])
         time.sleep(1)
         before = trace.read_text().count("fdatasync(")
         load.run(port, "CHEST", "small", [1600 // conc] * conc, first=0)

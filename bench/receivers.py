@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from support.dcmtk import ENVIRONMENT, tool
 from support.processes import start_orthanc, wait_for_port
-from support.system import describe, running
+from support.system import System, describe, running
 from support.world import free_port
 
 from clarion.dicom import split_part10
 from clarion.model import ObjectRef
+from console.checks import check_config
 from gateway import tables
 from gateway.journal import segments
 from gateway.segments import MOST_READY, ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import ExitStack
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -99,20 +100,8 @@ def start(name: str, root: Path, stack: ExitStack, *, max_associations: int = 10
 
 
 def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
-    titles = [{"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct", "timeout": 36000}}]
-    config = describe(root, ae_titles=titles, scp={"port": free_port(), "max_associations": max_associations})
+    config = describe_without_jobs(root, max_associations)
     system = stack.enter_context(running(config))
-
-    def stored() -> int:
-        with system.database.reading() as connection:
-            return int(connection.execute(sa.select(sa.func.count()).select_from(tables.instances)).scalar_one())
-
-    def settle(count: int) -> None:
-        end = time.monotonic() + 300
-        while stored() < count:
-            if time.monotonic() > end:
-                raise SystemExit(f"the grouping owner has {stored()} of {count} instances")
-            time.sleep(0.05)
 
     def rest() -> None:
         end = time.monotonic() + 60
@@ -133,10 +122,40 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
         port=system.scp,
         called="CHEST",
         pids=lambda: [system.supervisor.pid_of(one) for one in stages],
-        settle=settle,
+        settle=lambda count: settle(system, count, 300),
         read_back=read_back,
         rest=rest,
     )
+
+
+def describe_without_jobs(root: Path, max_associations: int = 100) -> Path:
+    """Write a configuration whose groups stay open: no job takes part in what is measured."""
+    titles = [{"ae_title": "CHEST", "settings": {"pipeline-chest": "chest-ct", "timeout": 36000}}]
+    return describe(root, ae_titles=titles, scp={"port": free_port(), "max_associations": max_associations})
+
+
+def stored(system: System) -> int:
+    """Count the instances that the grouping owner has taken."""
+    with system.database.reading() as connection:
+        return int(connection.execute(sa.select(sa.func.count()).select_from(tables.instances)).scalar_one())
+
+
+def settle(system: System, count: int, longest_s: float) -> None:
+    """Wait until the grouping owner has taken so many instances."""
+    end = time.monotonic() + longest_s
+    while stored(system) < count:
+        if time.monotonic() > end:
+            raise SystemExit(f"the grouping owner has {stored(system)} of {count} instances")
+        time.sleep(0.05)
+
+
+def intake_alone(config: Path, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Start intake with nobody to work off what it receives, under another command if one is given; it listens."""
+    command = [*before, sys.executable, "-P", "-m", "console.serve", "intake", str(config)]
+    with (config.parent / "alone.log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, stdout=log)
+    wait_for_port(check_config(config).config.gateway.scp.port, process)
+    return process
 
 
 def _is_prepared(log: Path) -> bool:

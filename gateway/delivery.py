@@ -221,11 +221,10 @@ class DeliveryStage:
         if destination is None:
             self._outbound.settle_unverified(delivery.delivery_id, UNKNOWN_DESTINATION)
             return
-        now, until = self._clock.now(), self._proof_until()
-        overdue = delivery.verify_until is not None and now > delivery.verify_until
+        overdue = delivery.is_overdue(self._clock.now())
         if self._outages.is_on(destination.name):
             # Whoever comes back has as long as usual: it may have to index first what it took.
-            delivery = replace(delivery, verify_until=until, transaction_uid=None)
+            delivery = replace(delivery, verify_until=self._proof_until(), transaction_uid=None)
         try:
             self._prover.verify(destination, delivery)
         except UnreachedError as error:
@@ -297,8 +296,7 @@ class DeliveryStage:
         outcome, reason = judge(self._outbound.items(delivery.delivery_id))
         settings = self._config.delivery
         if outcome is Outcome.DONE:
-            until = self._proof_until()
-            self._outbound.settle_sent(delivery, now=now, verify_until=until, verify=settings.verify)
+            self._outbound.settle_sent(delivery, now=now, verify_until=self._proof_until(), verify=settings.verify)
             log.info("delivery.sent", delivery=delivery.delivery_id, destination=delivery.destination)
             return
         reason = f"{trouble}; {reason}" if trouble else reason

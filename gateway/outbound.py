@@ -49,6 +49,10 @@ class Delivery:
     verify_until: datetime | None
     reason: str = ""
 
+    def is_overdue(self, now: datetime) -> bool:
+        """Tell whether it ought to have been proved by now."""
+        return self.verify_until is not None and now > self.verify_until
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:

@@ -57,7 +57,7 @@ class Prover:
 
     def verify(self, destination: Destination, delivery: Delivery) -> None:
         """Look for proof, ask for it, or give up at the deadline. Raises UnreachedError."""
-        overdue = delivery.verify_until is not None and self._clock.now() > delivery.verify_until
+        overdue = delivery.is_overdue(self._clock.now())
         if delivery.transaction_uid is not None and self._committed(delivery, destination.ae_title, overdue=overdue):
             return
         try:

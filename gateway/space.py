@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from clarion.adapters.files import free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from clarion.config import IntakeConfig
@@ -44,23 +45,6 @@ class HeldHere:
     def total(self) -> int:
         """Give what was counted."""
         return self._count
-
-
-class Holding:
-    """Bytes that count as used in a block. A generator would cost five times as much, for each instance."""
-
-    __slots__ = ("_size", "_space")
-
-    def __init__(self, space: Space, size: int) -> None:
-        self._space, self._size = space, size
-
-    def __enter__(self) -> bool:
-        """Tell whether there is room."""
-        return self._space.begin_holding(self._size)
-
-    def __exit__(self, *_: object) -> None:
-        """Let go."""
-        self._space.end_holding(self._size)
 
 
 class Space:
@@ -110,24 +94,20 @@ class Space:
                 self._short_since = 0.0
         return True
 
-    def holding(self, size: int) -> Holding:
-        """Count `size` bytes as used for a `with` block, which is told whether there is room for them."""
-        return Holding(self, size)
-
-    def begin_holding(self, size: int) -> bool:
-        """Count bytes as used; tell whether there is room for them."""
+    @contextmanager
+    def holding(self, size: int) -> Iterator[bool]:
+        """Count `size` bytes as used for the block; gives whether there is room for them."""
         with self._lock:
             room = self.available(size)
             if room:
                 self._short_since = 0.0
             self._held.add(size)
-        return room
-
-    def end_holding(self, size: int) -> None:
-        """Count them no longer; they may have been written."""
-        with self._lock:
-            self._held.add(-size)
-            self._spare -= size
+        try:
+            yield room
+        finally:
+            with self._lock:
+                self._held.add(-size)
+                self._spare -= size
 
     def spend(self, size: int) -> None:
         """Count bytes that were just written, until the disk is asked again."""
