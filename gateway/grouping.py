@@ -95,6 +95,7 @@ class Grouping:
         self._compactor = Compactor(journal_folder, database, store, reader=READER)
         self._wake = wake
         self._rung = 0.0
+        self._news = False
         self._folder = journal_folder
         self._doorbell = doorbell
         self._database = database
@@ -139,9 +140,12 @@ class Grouping:
         return True
 
     def _ring(self, after_s: float = _RING_S) -> None:
-        """Wake who works off our events; while instances stream in, not after each of our transactions."""
-        if time.monotonic() - self._rung > after_s:
-            self._rung = time.monotonic()
+        """Wake who works off our events, if there are others than of instances that joined their groups.
+
+        Nothing follows from those; and while instances stream in, others are not worth a ring for each transaction.
+        """
+        if self._news and time.monotonic() - self._rung > after_s:
+            self._rung, self._news = time.monotonic(), False
             self._wake()
 
     def _gather(self) -> None:
@@ -306,6 +310,7 @@ class Grouping:
 
     def _take_or_set_aside(self, connection: sa.Connection, one: _Prepared) -> None:
         """Take one record; whatever is wrong with it concerns it alone and is kept with the reason."""
+        self._news = True
         if not one.fault:
             try:
                 with connection.begin_nested():
@@ -365,6 +370,7 @@ class Grouping:
         row = self._due(connection, now)
         if row is None:
             return False
+        self._news = True
         entity = self._registry.get(row["called_ae"])
         if entity is None or entity.rule_name != row["rule"]:
             ruling = removed(groups.value_of(connection, row), now)

@@ -61,14 +61,17 @@ class Database:
             schema.migrate(connection, wanted)
 
     @contextmanager
-    def transaction(self) -> Iterator[sa.Connection]:
-        """Write: committed and durable when the block ends, gone when it raises. Keep it short."""
+    def transaction(self, *, quiet: bool = False) -> Iterator[sa.Connection]:
+        """Write: committed and durable when the block ends, gone when it raises. Keep it short.
+
+        A `quiet` one wakes nobody: what it writes is of interest only to who writes it.
+        """
         try:
             with self._engine.begin() as connection:
                 yield connection
         except DBAPIError as error:
             raise _ours(error, "written") from error
-        if self._on_commit is not None:
+        if self._on_commit is not None and not quiet:
             self._on_commit()
 
     @contextmanager

@@ -14,7 +14,7 @@ from clarion.adapters.outbox import ORIGIN, events_table
 from clarion.patience import PATIENCE_S, TRIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from clarion.adapters.database import Database
     from clarion.adapters.deadletters import DeadLetter
@@ -44,8 +44,9 @@ class EmbeddedBus:
         self._tries = tries
         self._patience_s = patience_s
         self._subscriptions: dict[str, Handover] = {}
-        # How far events that a consumer does not want were passed over, beyond what the table says.
-        self._passed: dict[str, int] = {}
+        # How far events that a consumer does not want were passed over, and beyond which place in the table.
+        self._passed: dict[str, tuple[int, int]] = {}
+        self._last = -1
         database.create(outbox.SCHEMA)
 
     def publish(self, events: Iterable[Event]) -> None:
@@ -61,7 +62,9 @@ class EmbeddedBus:
 
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
-        moved = [self._advance(name, one) for name, one in self._subscriptions.items()]
+        last, starts = self._look()
+        moved = [self._advance(one, starts.get(name, 0), last) for name, one in self._subscriptions.items()]
+        self._keep_passed(last, starts)
         handlers = {name: one.handler for name, one in self._subscriptions.items()}
         return redrive(self._database, handlers, self._origin) or any(moved)
 
@@ -72,36 +75,41 @@ class EmbeddedBus:
     def _origin(self, letter: DeadLetter) -> Record | None:
         return outbox.find_record(self._database, letter.event_id)
 
-    def _advance(self, consumer: str, hand: Handover) -> bool:
-        if hand.rests(ORIGIN, 0):
-            return False
-        start, rows, last = self._waiting(consumer, sorted(hand.kinds))
-        handed = hand.hand_rows(rows, ORIGIN)
-        stopped = handed < len(rows)
-        position = int(str(rows[handed - 1].position)) if handed else start
-        if not stopped and len(rows) < _BATCH:
-            position = max(position, last)
-        if handed or not self._passes_over(consumer, start, position):
-            self._passed.pop(consumer, None)
-            if position > start:
-                outbox.keep_position(self._database, consumer, position)
-        return bool(rows) and not stopped
-
-    def _passes_over(self, consumer: str, start: int, position: int) -> bool:
-        """Tell whether a position is only remembered: events of other kinds come, and a commit for each would be dear.
-
-        When no more come, or many have, it is kept.
-        """
-        before = self._passed.get(consumer, start)
-        self._passed[consumer] = position
-        return before < position < start + _PASSED_OVER
-
-    def _waiting(self, consumer: str, kinds: list[str]) -> tuple[int, Sequence[sa.Row[tuple[object, ...]]], int]:
-        start = outbox.position_of(self._database, consumer)
+    def _look(self) -> tuple[int, dict[str, int]]:
+        """Give the end of the table, and how far each consumer has come by it."""
         with self._database.reading() as connection:
             last = connection.execute(sa.select(sa.func.max(events_table.c.position))).scalar() or 0
-            rows = outbox.read_after(connection, start, _BATCH, kinds)
-        return start, rows, last
+            return last, outbox.positions_of(connection, list(self._subscriptions))
+
+    def _advance(self, hand: Handover, start: int, last: int) -> bool:
+        """Hand over what waits for a consumer between `start` and `last`; tell whether there may be more."""
+        kept, passed = self._passed.get(hand.consumer, (start, start))
+        begin = passed if kept == start else start
+        if begin >= last or hand.rests(ORIGIN, 0):
+            return False
+        with self._database.reading() as connection:
+            rows = outbox.read_after(connection, begin, _BATCH, sorted(hand.kinds), until=last)
+        handed = hand.hand_rows(rows, ORIGIN)
+        stopped = handed < len(rows)
+        position = int(str(rows[handed - 1].position)) if handed else begin
+        if not stopped and len(rows) < _BATCH:
+            position = last
+        if handed:
+            outbox.keep_position(self._database, hand.consumer, position)
+        else:
+            self._passed[hand.consumer] = (start, position)
+        return bool(rows) and not stopped
+
+    def _keep_passed(self, last: int, starts: dict[str, int]) -> None:
+        """Keep how far events of other kinds were passed over when no more come, or many have: not at each look."""
+        no_more, self._last = last == self._last, last
+        due = {
+            consumer: position
+            for consumer, (kept, position) in self._passed.items()
+            if kept == starts.get(consumer, 0) < position and (no_more or position - kept >= _PASSED_OVER)
+        }
+        if due:
+            outbox.keep_positions(self._database, due)
 
 
 def read_lag(database: Database) -> list[ConsumerLag]:

@@ -20,7 +20,7 @@ from clarion.crashpoints import effect
 from clarion.model import derive
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from clarion.adapters.database import Database
     from clarion.events import Event
@@ -142,17 +142,22 @@ def position_of(database: Database, consumer: str) -> int:
         return int(connection.execute(query).scalar_one_or_none() or 0)
 
 
-def positions_of(database: Database, readers: Sequence[str]) -> dict[str, int]:
+def positions_of(connection: sa.Connection, readers: Sequence[str]) -> dict[str, int]:
     """Give the positions of those of some readers that have begun."""
     query = sa.select(consumers.c.consumer, consumers.c.position).where(consumers.c.consumer.in_(readers))
-    with database.reading() as connection:
-        return {row.consumer: int(row.position) for row in connection.execute(query)}
+    return {row.consumer: int(row.position) for row in connection.execute(query)}
 
 
 def keep_position(database: Database, consumer: str, position: int) -> None:
     """Keep a reader's position."""
-    with effect("bus.position"), database.transaction() as connection:
-        replace(connection, consumers, {"consumer": consumer, "position": position})
+    keep_positions(database, {consumer: position})
+
+
+def keep_positions(database: Database, positions: Mapping[str, int]) -> None:
+    """Keep the positions of some readers. Wakes nobody, or readers that move on would keep waking each other."""
+    with effect("bus.position"), database.transaction(quiet=True) as connection:
+        for consumer, position in positions.items():
+            replace(connection, consumers, {"consumer": consumer, "position": position})
 
 
 def record_of(row: sa.Row[tuple[object, ...]]) -> Record:

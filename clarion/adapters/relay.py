@@ -89,7 +89,8 @@ class Relay:
     def _to_rebuild(self) -> list[Any]:
         """Give what a topic that is being rebuilt wants next; it is copied anew up to where the relay is."""
         families = {f"{REBUILD}{family}": family for family in TOPICS}
-        positions = outbox.positions_of(self._database, [RELAY, *families])
+        with self._database.reading() as connection:
+            positions = outbox.positions_of(connection, [RELAY, *families])
         for reader, family in families.items():
             # Positions begin at 1: a rebuild that was asked for stands at -1, one that is over at 0.
             start = positions.get(reader, 0)
