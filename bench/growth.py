@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
 import load  # noqa: E402
-from receivers import Receiver, start, tree  # noqa: E402
+from receivers import Receiver, start  # noqa: E402
 
 _LANES = 4
 _PER_STUDY = 1000
@@ -33,6 +34,7 @@ class _Growing:
     """A receiver, and how much it has been sent."""
 
     receiver: Receiver
+    folder: Path
     sent: int = 0
     series: int = 0
     windows: dict[int, list[dict[str, float]]] = field(default_factory=dict)
@@ -51,19 +53,15 @@ class _Growing:
 
     def window(self) -> dict[str, float]:
         """Send a window; give the CPU in loops, the bytes written for each instance, the memory."""
-        loop, cpu, written = _loop(), self.receiver.cpu(), self._written()
+        loop, cpu, written = _loop(), self.receiver.cpu(), _written(self.folder)
         self.send(_WINDOW)
-        spent, bytes_ = self.receiver.cpu() - cpu, self._written() - written
+        spent, bytes_ = self.receiver.cpu() - cpu, _written(self.folder) - written
         return {
             "cpu": spent / _WINDOW / statistics.mean((loop, _loop())),
             "cpu_ms": 1000 * spent / _WINDOW,
             "bytes": bytes_ / _WINDOW,
             "memory_mb": self.receiver.memory() / 2**20,
         }
-
-    def _written(self) -> int:
-        """Give the bytes that its processes have handed to the disk, as far as they live."""
-        return sum(_field(pid, "write_bytes") for root in self.receiver.pids() for pid in tree(root))
 
 
 def main() -> None:
@@ -74,8 +72,9 @@ def main() -> None:
     options = parser.parse_args()
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="clarion-bench-", dir=options.work) as root, ExitStack() as stack:
-        growing = _Growing(start("clarion", Path(root) / "clarion", stack))
+        growing = _Growing(start("clarion", Path(root) / "clarion", stack), Path(root))
         growing.send(_LANES * 100)
+        growing.receiver.rest()
         for size in options.sizes:
             growing.send(size - growing.sent)
             windows = [growing.window() for _ in range(_WINDOWS)]
@@ -95,12 +94,14 @@ def _loop() -> float:
     return time.process_time() - begun
 
 
-def _field(pid: int, name: str) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(one.partition(":")[2]) for one in lines if one.startswith(name))
+def _written(folder: Path) -> int:
+    """Give the bytes that the disk beneath a folder has written, by whomever: see Documentation/block/stat in Linux.
+
+    What the kernel counts for a process (`/proc/PID/io`) is whole folios, of half a megabyte for what was laid out.
+    """
+    device = folder.stat().st_dev
+    fields = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+    return int(fields[6]) * 512
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def describe_letter(database: Database, letter_id: str) -> dict[str, Any]:
     found = read_dead_letters(database, states=list(State), letter_ids=[letter_id])
     if not found:
         raise PermanentError(f"no dead letter {letter_id}; `clarion deadletters list` shows those there are")
-    record = find_record(database, found[0].event_id)
+    record = find_record(database, found[0].subject, found[0].event_id)
     return {**asdict(found[0]), "body_bytes": None if record is None else len(record.body), "body": "masked"}
 
 

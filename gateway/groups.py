@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import sqlalchemy as sa
 
+from clarion.adapters.database import insert_new
 from clarion.model import (
     Group,
     GroupId,
@@ -142,8 +143,8 @@ def next_sequence(connection: sa.Connection, group_id: str) -> int:
 
 def studies_of(connection: sa.Connection, group_id: str) -> tuple[str, ...]:
     """List the studies that have instances in the group."""
-    table = tables.members
-    query = sa.select(table.c.study_uid).where(table.c.group_id == group_id).distinct().order_by(table.c.study_uid)
+    table = tables.group_studies
+    query = sa.select(table.c.study_uid).where(table.c.group_id == group_id).order_by(table.c.study_uid)
     return tuple(connection.execute(query).scalars())
 
 
@@ -237,9 +238,9 @@ def add_member(
                 group_id=row["group_id"],
                 sop_instance_uid=instance.sop_instance_uid,
                 digest=instance.digest,
-                study_uid=instance.study_uid,
             )
         )
+        insert_new(connection, tables.group_studies, [study_of_member(row["group_id"], instance)])
     else:
         connection.execute(table.update().where(here).values(digest=instance.digest))
     if row["state"] == OPEN:
@@ -248,6 +249,11 @@ def add_member(
     changed = {"state": OPEN, "revision": row["revision"] + 1, "opened": received, "closed": None}
     _touch(connection, row["group_id"], {**changed, "last_received": received, "check_at": received})
     return True, True
+
+
+def study_of_member(group_id: str, instance: Instance) -> dict[str, str]:
+    """Make the row that says that the group has the study of an instance."""
+    return {"group_id": group_id, "study_uid": instance.study_uid}
 
 
 def _touch(connection: sa.Connection, group_id: str, values: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import sqlalchemy as sa
 
-from clarion.adapters.database import insert_many
+from clarion.adapters.database import insert_many, insert_new
 from clarion.adapters.outbox import record_events
 from clarion.model import Action, ObjectRef
 from gateway import groups, tables
@@ -45,6 +45,7 @@ class Run:
         self._more_wait = len(self._waiting) == _LOOKED_AHEAD
         self._instances: list[dict[str, Any]] = []
         self._members: list[dict[str, Any]] = []
+        self._group_studies: dict[tuple[str, str], dict[str, str]] = {}
         self._events: list[Event] = []
 
     def take(self, entry: Entry, attributes: Mapping[str, str] | None) -> bool:
@@ -71,8 +72,9 @@ class Run:
             return
         insert_many(self.connection, tables.instances, self._instances)
         insert_many(self.connection, tables.members, self._members)
+        insert_new(self.connection, tables.group_studies, list(self._group_studies.values()))
         record_events(self.connection, self._events)
-        self._instances, self._members, self._events = [], [], []
+        self._instances, self._members, self._group_studies, self._events = [], [], {}, []
         self._write_studies()
         self._write_groups()
 
@@ -111,9 +113,9 @@ class Run:
                 "group_id": group.group_id,
                 "sop_instance_uid": instance.sop_instance_uid,
                 "digest": instance.digest,
-                "study_uid": instance.study_uid,
             }
         )
+        self._group_studies[group.group_id, instance.study_uid] = groups.study_of_member(group.group_id, instance)
         self._events.append(stored_event(instance, study["sequence"]))
 
     def _study(self, study_uid: str) -> dict[str, Any] | None:

@@ -133,7 +133,7 @@ def _described(wanted: StudyFilter, study_uids: Sequence[str]) -> sa.Select[tupl
 
 
 def _closed_groups(connection: sa.Connection, study_uids: Sequence[str]) -> dict[str, list[ClosedGroup]]:
-    member, group, revision = tables.members, tables.groups, tables.revisions
+    member, group, revision = tables.group_studies, tables.groups, tables.revisions
     latest = sa.func.max(revision.c.revision).label("revision")
     query = (
         sa.select(member.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae, latest)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from clarion.adapters.database import BIG, TEXT
 from clarion.adapters.schema import Schema
 
-SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0002")
+SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0003")
 
 metadata = sa.MetaData()
 
@@ -99,7 +99,15 @@ members = sa.Table(
     sa.Column("group_id", TEXT, sa.ForeignKey("groups.group_id"), primary_key=True),
     sa.Column("sop_instance_uid", TEXT, primary_key=True),
     sa.Column("digest", TEXT, nullable=False),
-    sa.Column("study_uid", TEXT, nullable=False, index=True),
+    sqlite_with_rowid=False,
+)
+
+# The studies that have instances in a group.
+group_studies = sa.Table(
+    "group_studies",
+    metadata,
+    sa.Column("group_id", TEXT, sa.ForeignKey("groups.group_id"), primary_key=True),
+    sa.Column("study_uid", TEXT, primary_key=True, index=True),
 )
 
 revisions = sa.Table(

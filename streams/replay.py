@@ -182,7 +182,9 @@ class ReplayRunner:
             connection.execute(read.values(records_read=replays.c.records_read + count))
 
     def _source_of(self, item: dict[str, Any]) -> Record | None:
-        return find_record(self._database, item["source_event"]) if item["action"] == "request" else None
+        if item["action"] != "request":
+            return None
+        return find_record(self._database, item["group_id"], item["source_event"])
 
     def _order(self, row: sa.RowMapping, item: dict[str, Any], record: Record | None) -> None:
         """Publish what an item says, and note that; or note why it cannot be."""

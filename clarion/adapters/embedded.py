@@ -73,7 +73,7 @@ class EmbeddedBus:
         self._subscriptions.clear()
 
     def _origin(self, letter: DeadLetter) -> Record | None:
-        return outbox.find_record(self._database, letter.event_id)
+        return outbox.find_record(self._database, letter.subject, letter.event_id)
 
     def _look(self) -> tuple[int, dict[str, int]]:
         """Give the end of the table, and how far each consumer has come by it."""

@@ -82,19 +82,18 @@ def list_events(
     subjects: Sequence[str] | None = None,
 ) -> list[EventRow]:
     """List events in order: the first ones behind a position, or the latest; of types that begin so, of subjects."""
-    table = events_table
-    query = sa.select(table)
+    table, position = events_table, events_table.c.position
+    # The places first, from an index: a subject may have many events, and each is a page.
+    places = sa.select(position).order_by(position.desc() if after is None else position).limit(limit)
     if kinds:
-        query = query.where(sa.or_(*(table.c.kind.startswith(one, autoescape=True) for one in kinds)))
+        places = places.where(sa.or_(*(table.c.kind.startswith(one, autoescape=True) for one in kinds)))
     if subjects is not None:
-        query = query.where(table.c.subject.in_(subjects))
-    if after is None:
-        query = query.order_by(table.c.position.desc())
-    else:
-        query = query.where(table.c.position > after).order_by(table.c.position)
+        places = places.where(table.c.subject.in_(subjects))
+    if after is not None:
+        places = places.where(position > after)
     with database.reading() as connection:
-        found = [_event_row(row) for row in connection.execute(query.limit(limit))]
-    return found[::-1] if after is None else found
+        rows = connection.execute(sa.select(table).where(position.in_(places)).order_by(position))
+        return [_event_row(row) for row in rows]
 
 
 def _event_row(row: sa.Row[tuple[object, ...]]) -> EventRow:

@@ -157,7 +157,7 @@ class KafkaBus:
 
     def _origin(self, letter: DeadLetter) -> Record | None:
         """Give the record that a letter is about: as it was published, else as it lies in its topic."""
-        return outbox.find_record(self._database, letter.event_id) or self._history.at(
+        return outbox.find_record(self._database, letter.subject, letter.event_id) or self._history.at(
             letter.origin, letter.partition, letter.position
         )
 

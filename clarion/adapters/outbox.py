@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clarion.adapters.database import Database
     from clarion.events import Event
 
-SCHEMA = Schema(stage="bus", folder=Path(__file__).parent / "migrations" / "bus", head="0001")
+SCHEMA = Schema(stage="bus", folder=Path(__file__).parent / "migrations" / "bus", head="0002")
 
 ORIGIN = "events"
 """How a place in this table is named, where a place in a topic has the topic's name."""
@@ -37,13 +37,15 @@ events_table = sa.Table(
     "events",
     tables,
     sa.Column("position", BIG, primary_key=True, autoincrement=True),
-    sa.Column("event_id", TEXT, nullable=False, unique=True),
+    # Derived from kind, subject and sequence. Not indexed: ids lie as if at random, and each would touch a page.
+    sa.Column("event_id", TEXT, nullable=False),
     sa.Column("kind", TEXT, nullable=False, index=True),
     sa.Column("subject", TEXT, nullable=False),
+    sa.Column("sequence", BIG, nullable=False),
     sa.Column("time", TEXT, nullable=False, index=True),
     sa.Column("headers", TEXT, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
-    sa.Index("events_subject", "subject", "position"),
+    sa.Index("events_sequence", "subject", "sequence", "kind", unique=True),
     sqlite_autoincrement=True,
 )
 consumers = sa.Table(
@@ -80,21 +82,24 @@ def record_events(connection: sa.Connection, events: Iterable[Event], *, cause: 
     of the commits, so that a reader that remembers the last one misses none: until this transaction ends no other one
     writes events.
     """
-    rows = [
-        {
-            "event_id": record.headers["ce_id"],
-            "kind": record.headers["ce_type"],
-            "subject": record.key,
-            "time": record.headers["ce_time"],
-            "headers": as_json({**record.headers, "traceparent": _traceparent(connection, record, cause)}),
-            "body": record.body,
-        }
-        for record in map(encode, events)
-    ]
+    rows = [_row_of(connection, event, cause) for event in events]
     if not rows:
         return 0
     lock(connection, "events")
     return insert_many(connection, events_table, rows, new_only=True)
+
+
+def _row_of(connection: sa.Connection, event: Event, cause: str) -> dict[str, Any]:
+    record = encode(event)
+    return {
+        "event_id": record.headers["ce_id"],
+        "kind": event.kind,
+        "subject": event.subject,
+        "sequence": event.sequence,
+        "time": record.headers["ce_time"],
+        "headers": as_json({**record.headers, "traceparent": _traceparent(connection, record, cause)}),
+        "body": record.body,
+    }
 
 
 def _traceparent(connection: sa.Connection, record: Record, cause: str) -> str:
@@ -121,7 +126,7 @@ def _known_trace(connection: sa.Connection, subject: str) -> str | None:
     if not subject:
         return None
     here = events_table.c.subject == subject
-    query = sa.select(events_table.c.headers).where(here).order_by(events_table.c.position).limit(1)
+    query = sa.select(events_table.c.headers).where(here).order_by(events_table.c.sequence).limit(1)
     headers = connection.execute(query).scalar_one_or_none()
     return None if headers is None else str(json.loads(headers).get("traceparent", "")[3:35]) or None
 
@@ -165,9 +170,9 @@ def record_of(row: sa.Row[tuple[object, ...]]) -> Record:
     return Record(key=str(row.subject), headers=json.loads(str(row.headers)), body=row.body)
 
 
-def find_record(database: Database, event_id: str) -> Record | None:
+def find_record(database: Database, subject: str, event_id: str) -> Record | None:
     """Give the record of an event that a stage published; None for what somebody else wrote to a topic."""
-    query = sa.select(events_table).where(events_table.c.event_id == event_id)
+    query = sa.select(events_table).where(events_table.c.subject == subject, events_table.c.event_id == event_id)
     with database.reading() as connection:
         row = connection.execute(query).one_or_none()
     return None if row is None else record_of(row)

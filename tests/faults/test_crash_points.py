@@ -262,7 +262,7 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
         lambda one: redrive(
             one.database,
             {"delivery": DeliveryRequests(one.database, one.store)},
-            lambda letter: find_record(one.database, letter.event_id),
+            lambda letter: find_record(one.database, letter.subject, letter.event_id),
         ),
     ),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),

@@ -35,9 +35,9 @@ def described(database: Database) -> dict[str, Any]:
         found = sa.inspect(connection)
         return {
             name: {
-                "columns": [
-                    {**one, "type": repr(one["type"]), "comment": None} for one in found.get_columns(name)
-                ],
+                "columns": {  # by name: a column that came later is the last
+                    one["name"]: {**one, "type": repr(one["type"]), "comment": None} for one in found.get_columns(name)
+                },
                 "key": found.get_pk_constraint(name)["constrained_columns"],
                 "foreign": sorted(
                     (one["constrained_columns"], one["referred_table"]) for one in found.get_foreign_keys(name)

@@ -226,11 +226,12 @@ def _rows(study: str, group_id: str, time: str, attributes: dict[str, str]) -> l
     }  # fmt: skip
     revision = {"group_id": group_id, "revision": 1, "manifest": asdict(EMPTY), "manifest_digest": "d",
                 "instances": 1, "closed": time}  # fmt: skip
-    member = {"group_id": group_id, "sop_instance_uid": f"{study}.1", "digest": "d", "study_uid": study}
+    member = {"group_id": group_id, "sop_instance_uid": f"{study}.1", "digest": "d"}
     received = {"study_uid": study, "sequence": 0, "first_received": time, "last_received": time}
     return [
         (tables.studies, received), (tables.instances, instance), (tables.groups, group),
-        (tables.members, member), (tables.revisions, revision),
+        (tables.members, member), (tables.group_studies, {"group_id": group_id, "study_uid": study}),
+        (tables.revisions, revision),
     ]  # fmt: skip
 
 
