@@ -77,6 +77,7 @@ def main() -> None:
         growing.receiver.rest()
         for size in options.sizes:
             growing.send(size - growing.sent)
+            growing.receiver.rest()
             windows = [growing.window() for _ in range(_WINDOWS)]
             found.append(
                 {"stored": size, **{key: statistics.median(one[key] for one in windows) for key in windows[0]}}

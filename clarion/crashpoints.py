@@ -24,6 +24,7 @@ EFFECTS = (
     "journal.writeblocks",
     "journal.sync",
     "journal.rotate",
+    "segment.forget",
     "segment.free",
     "segment.prepare",
     "segment.zeros",

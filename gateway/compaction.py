@@ -3,7 +3,8 @@
 What is wanted: a data set that a row of the tables refers to where it lies. It is copied into the object store under
 its digest, where every reader looks next, and then the segment's file is renamed; its writer writes over it. Of a
 duplicate the first copy is wanted; when that can no longer be read, the duplicate repairs it. Only segments that the
-grouping owner has read to their end are looked at, never the newest of a log, each once in the life of a process.
+grouping owner has read to their end are looked at, never the newest of a log, each once in the life of a process; and
+only those of which the owner has counted that half is not wanted: to look at one costs as much as to take its records.
 """
 
 from __future__ import annotations
@@ -82,17 +83,36 @@ class Compactor:
         return True
 
     def _next(self) -> tuple[str, int] | None:
-        table = tables.journal_positions
+        waste, position = tables.segment_waste, tables.journal_positions
+        read = sa.and_(position.c.log == waste.c.log, position.c.segment > waste.c.segment)
+        query = (
+            sa.select(waste)
+            .join(position, sa.and_(position.c.reader == self._reader, read))
+            .order_by(waste.c.log, waste.c.segment)
+        )
         with self._database.reading() as connection:
-            rows = connection.execute(sa.select(table).where(table.c.reader == self._reader)).all()
+            rows = connection.execute(query).all()
         for row in rows:
-            if not (self._folder / row.log).is_dir():
-                continue
-            numbers = journal.segments(self._folder / row.log)
-            for number in numbers[:-1]:
-                if number < row.segment and (row.log, number) not in self._seen:
-                    return row.log, number
+            if (row.log, row.segment) not in self._seen and self._is_worth_it(row.log, row.segment, row.bytes):
+                return row.log, row.segment
         return None
+
+    def _is_worth_it(self, name: str, number: int, waste: int) -> bool:
+        """Tell whether a segment should be looked at; one that is not, or no longer there, is not asked about again."""
+        folder = self._folder / name
+        numbers = journal.segments(folder) if folder.is_dir() else []
+        if number not in numbers:
+            self._seen.add((name, number))
+            with effect("segment.forget"), self._database.transaction() as connection:
+                here = sa.and_(tables.segment_waste.c.log == name, tables.segment_waste.c.segment == number)
+                connection.execute(tables.segment_waste.delete().where(here))
+            return False
+        announced = journal.announced(folder, number, numbers)
+        if announced is not None and waste >= _WORTH * announced[0]:
+            return True
+        # The owner has read it to its end: nothing is added to it any more.
+        self._seen.add((name, number))
+        return False
 
     def _look(self, name: str, number: int) -> _Segment:
         """Find what is wanted of a segment; one with damage in it may hide something, and is kept as it is."""
@@ -193,6 +213,7 @@ class Compactor:
                 path.rename(folder / f"{FREED}{path.name}")
             journal.end_path(folder, segment.number).unlink(missing_ok=True)
             sync_folder(folder)
+        self._seen.discard((segment.log, segment.number))  # what is counted of it is forgotten next
         self.freed += 1
         log.info("segment.freed", log=segment.log, segment=segment.number, copied=segment.copied)
 

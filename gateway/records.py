@@ -76,7 +76,9 @@ class Records:
         known = fields["sop_instance_uid"] or f"journal {entry.log} {entry.after.segment} {entry.after.offset}"
         quarantine_id = derive("quarantine", known, digest, reason, fields["called_ae"])
         table = tables.quarantine
-        if connection.execute(sa.select(table).where(table.c.quarantine_id == quarantine_id)).first() is not None:
+        known_row = connection.execute(sa.select(table.c.object).where(table.c.quarantine_id == quarantine_id)).first()
+        if known_row is not None:
+            _count_waste(connection, entry, known_row.object)
             return
         described = ("study_uid", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "calling_ae", "called_ae")
         connection.execute(
@@ -108,6 +110,7 @@ class Records:
         ).mappings().all()  # fmt: skip
         same = next((row for row in known if row["digest"] == ref.digest), None)
         if same is not None:
+            _count_waste(connection, entry, same["object"])
             instance = _as_sent(groups.instance_of(same), entry)
         else:
             instance = new_instance(entry, ref, attributes or {})
@@ -190,6 +193,17 @@ class Records:
             refused=fields["refused"],
         )
         record_events(connection, [event])
+
+
+def _count_waste(connection: sa.Connection, entry: journal.Entry, kept: Mapping[str, Any] | None) -> None:
+    """Count the place that a record takes in its segment as not wanted: `kept` is the copy that the tables refer to."""
+    if not entry.head or entry.fields["object"] == kept:
+        return
+    table, place = tables.segment_waste, {"log": entry.log, "segment": entry.after.segment}
+    size = entry.after.offset - entry.since
+    here = sa.and_(table.c.log == entry.log, table.c.segment == entry.after.segment)
+    if connection.execute(table.update().where(here).values(bytes=table.c.bytes + size)).rowcount == 0:
+        connection.execute(table.insert().values(**place, bytes=size))
 
 
 def new_instance(entry: journal.Entry, ref: ObjectRef, attributes: Mapping[str, str]) -> Instance:

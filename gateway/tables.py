@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from clarion.adapters.database import BIG, TEXT
 from clarion.adapters.schema import Schema
 
-SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0003")
+SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0004")
 
 metadata = sa.MetaData()
 
@@ -128,6 +128,15 @@ journal_positions = sa.Table(
     sa.Column("log", TEXT, primary_key=True),
     sa.Column("segment", sa.Integer, nullable=False),
     sa.Column("offset", BIG, nullable=False),
+)
+
+# How much of a segment of the journal no row of the other tables refers to; none is listed that has no such bytes.
+segment_waste = sa.Table(
+    "segment_waste",
+    metadata,
+    sa.Column("log", TEXT, primary_key=True),
+    sa.Column("segment", sa.Integer, primary_key=True),
+    sa.Column("bytes", BIG, nullable=False),
 )
 
 commitments = sa.Table(

@@ -21,6 +21,7 @@ from clarion.digests import digest_of
 from clarion.errors import MissingObjectError
 from clarion.model import ObjectRef
 from gateway import journal, preparing, tables
+from gateway.compaction import Compactor
 from gateway.journal_writer import JournalWriter, recover
 from gateway.segments import MOST_READY
 
@@ -54,6 +55,25 @@ def test_segments_of_duplicates_are_freed_and_written_over(rig: Receiving) -> No
     assert len(rig.freed()) < waiting, "none was written over"
     rig.settle()
     rig.judge()
+
+
+def test_a_segment_of_which_all_is_wanted_is_not_read_again(rig: Receiving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bites: look at each segment once more, at each start; with a million instances stored that is minutes."""
+    looked: list[int] = []
+    look = Compactor._look
+    monkeypatch.setattr(Compactor, "_look", lambda one, log, number: looked.append(number) or look(one, log, number))
+    for number in range(5 * PER_SEGMENT):
+        rig.receive(f"1.2.{number}")
+    rig.receive("1.2.0")
+    rig.settle()
+    assert looked == []
+    resent(rig)
+    rig.settle()
+    assert looked
+    table = tables.segment_waste
+    with Database(f"sqlite:///{rig.root / 'clarion.db'}").reading() as connection:
+        left = set(connection.execute(sa.select(table.c.segment)).scalars())
+    assert left <= set(journal.segments(rig.folder)), "what is freed is not counted any more"
 
 
 def test_after_a_restart_positions_and_ends_are_what_they_were(rig: Receiving) -> None:
@@ -108,7 +128,7 @@ def test_a_segment_with_damage_in_it_is_left_alone(rig: Receiving) -> None:
     assert victim in journal.segments(rig.folder)
 
 
-@pytest.mark.parametrize("point", ["store.write", "store.sync", "store.publish", "segment.free"])
+@pytest.mark.parametrize("point", ["store.write", "store.sync", "store.publish", "segment.free", "segment.forget"])
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("time", [1, 2])
 def test_killed_at_each_step_nothing_is_lost_and_it_goes_on(rig: Receiving, point: str, side: str, time: int) -> None:

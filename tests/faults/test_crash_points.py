@@ -52,7 +52,7 @@ ONLY_ON_FAILURE = {
     # Those of replays have a campaign of their own (test_replay_crash.py).
     "ledger.retry", "delivery.replay", "replay.plan", "replay.state", "replay.order", "replay.settle",
     # And so have compaction and preparing (test_compaction.py), and writing past the page cache (test_past_cache.py).
-    "segment.free", "segment.prepare", "segment.zeros", "segment.zerossynced", "journal.writeblocks",
+    "segment.forget", "segment.free", "segment.prepare", "segment.zeros", "segment.zerossynced", "journal.writeblocks",
 }  # fmt: skip
 POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
 
