@@ -26,7 +26,7 @@ from receivers import Receiver, start  # noqa: E402
 _LANES = 4
 _PER_STUDY = 1000
 _WINDOW = 2000
-_WINDOWS = 5
+_WINDOWS = 9
 
 
 @dataclass
@@ -52,13 +52,14 @@ class _Growing:
         self.receiver.settle(self.sent)
 
     def window(self) -> dict[str, float]:
-        """Send a window; give the CPU in loops, the bytes written for each instance, the memory."""
+        """Send a window; give the CPU and the bytes written for each instance, the CPU of a loop, the memory."""
+        self.receiver.rest()
         loop, cpu, written = _loop(), self.receiver.cpu(), _written(self.folder)
         self.send(_WINDOW)
         spent, bytes_ = self.receiver.cpu() - cpu, _written(self.folder) - written
         return {
-            "cpu": spent / _WINDOW / statistics.mean((loop, _loop())),
             "cpu_ms": 1000 * spent / _WINDOW,
+            "loop_ms": 1000 * statistics.mean((loop, _loop())),
             "bytes": bytes_ / _WINDOW,
             "memory_mb": self.receiver.memory() / 2**20,
         }
@@ -74,14 +75,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="clarion-bench-", dir=options.work) as root, ExitStack() as stack:
         growing = _Growing(start("clarion", Path(root) / "clarion", stack), Path(root))
         growing.send(_LANES * 100)
-        growing.receiver.rest()
         for size in options.sizes:
             growing.send(size - growing.sent)
-            growing.receiver.rest()
             windows = [growing.window() for _ in range(_WINDOWS)]
-            found.append(
-                {"stored": size, **{key: statistics.median(one[key] for one in windows) for key in windows[0]}}
-            )
+            one = {key: statistics.median(each[key] for each in windows) for key in windows[0]}
+            found.append({"stored": size, "cpu": one["cpu_ms"] / one["loop_ms"], **one})
             print(json.dumps({key: round(value, 3) for key, value in found[-1].items()}), flush=True)
     ratios = {key: round(found[-1][key] / found[0][key], 3) for key in ("cpu", "bytes", "memory_mb")}
     print(json.dumps({f"P22 {found[-1]['stored']} stored : {found[0]['stored']} stored": ratios}))
@@ -90,7 +88,7 @@ def main() -> None:
 def _loop() -> float:
     """Give the CPU seconds of a fixed loop."""
     begun, total = time.process_time(), 0
-    for number in range(1_000_000):
+    for number in range(3_000_000):
         total += number & 3
     return time.process_time() - begun
 

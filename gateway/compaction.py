@@ -2,16 +2,17 @@
 
 What is wanted: a data set that a row of the tables refers to where it lies. It is copied into the object store under
 its digest, where every reader looks next, and then the segment's file is renamed; its writer writes over it. Of a
-duplicate the first copy is wanted; when that can no longer be read, the duplicate repairs it. Only segments that the
-grouping owner has read to their end are looked at, never the newest of a log, each once in the life of a process; and
-only those of which the owner has counted that half is not wanted: to look at one costs as much as to take its records.
+duplicate the first copy is wanted; when that can no longer be read, the duplicate repairs it before it goes. Only
+segments that the grouping owner has read to their end are looked at, never the newest of a log, each once in the life
+of a process; and only those of which the owner has counted that half is not wanted: to look at one costs as much as to
+take its records.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 import structlog
@@ -69,61 +70,52 @@ class Compactor:
         if segment is not None:
             self._empty(segment)
             return True
+        try:
+            return self._look_at_next()
+        except OSError as error:
+            raise StoreUnavailableError(f"a segment of the journal cannot be looked at: {error.strerror}") from error
+
+    def _look_at_next(self) -> bool:
+        """Look at a segment of which enough is not wanted; tell whether there was one with anything that is not."""
         found = self._next()
         if found is None:
             return False
-        name, number = found
-        self._seen.add(found)
-        try:
-            segment = self._look(name, number)
+        name, number = found.log, found.segment
+        # The owner has read it to its end: nothing is added to it any more. And what cannot be read is not tried again.
+        self._seen.add((name, number))
+        folder = self._folder / name
+        numbers = journal.segments(folder) if folder.is_dir() else None
+        if numbers is not None and number not in numbers:
+            self._forget(name, number)
+        announced = journal.announced(folder, number, numbers) if numbers and number in numbers else None
+        if announced is not None and found.bytes >= _WORTH * announced[0]:
+            segment = self._look(name, number, *announced)
             if segment.whole and segment.all_bytes - segment.wanted_bytes >= _WORTH * max(1, segment.all_bytes):
                 self._empty(segment)
-        except OSError as error:
-            raise StoreUnavailableError(f"a segment of the journal cannot be looked at: {error.strerror}") from error
         return True
 
-    def _next(self) -> tuple[str, int] | None:
+    def _next(self) -> Any:  # noqa: ANN401  a row of `segment_waste`, or None
         waste, position = tables.segment_waste, tables.journal_positions
         read = sa.and_(position.c.log == waste.c.log, position.c.segment > waste.c.segment)
         query = (
-            sa.select(waste)
+            sa.select(waste.c.log, waste.c.segment, waste.c.bytes)
             .join(position, sa.and_(position.c.reader == self._reader, read))
             .order_by(waste.c.log, waste.c.segment)
         )
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-        for row in rows:
-            if (row.log, row.segment) not in self._seen and self._is_worth_it(row.log, row.segment, row.bytes):
-                return row.log, row.segment
-        return None
+        return next((one for one in rows if (one.log, one.segment) not in self._seen), None)
 
-    def _is_worth_it(self, name: str, number: int, waste: int) -> bool:
-        """Tell whether a segment should be looked at; one that is not, or no longer there, is not asked about again."""
-        folder = self._folder / name
-        numbers = journal.segments(folder) if folder.is_dir() else []
-        if number not in numbers:
-            self._seen.add((name, number))
-            with effect("segment.forget"), self._database.transaction() as connection:
-                here = sa.and_(tables.segment_waste.c.log == name, tables.segment_waste.c.segment == number)
-                connection.execute(tables.segment_waste.delete().where(here))
-            return False
-        announced = journal.announced(folder, number, numbers)
-        if announced is not None and waste >= _WORTH * announced[0]:
-            return True
-        # The owner has read it to its end: nothing is added to it any more.
-        self._seen.add((name, number))
-        return False
+    def _forget(self, name: str, number: int) -> None:
+        """Let go of what is counted of a segment that is not there any more."""
+        table = tables.segment_waste
+        with effect("segment.forget"), self._database.transaction() as connection:
+            connection.execute(table.delete().where(table.c.log == name, table.c.segment == number))
 
-    def _look(self, name: str, number: int) -> _Segment:
+    def _look(self, name: str, number: int, end: int, torn: frozenset[int]) -> _Segment:
         """Find what is wanted of a segment; one with damage in it may hide something, and is kept as it is."""
         segment = _Segment(name, number, [])
-        folder = self._folder / name
-        announced = journal.announced(folder, number, journal.segments(folder))
-        if announced is None:
-            segment.whole = False
-            return segment
-        end, torn = announced
-        with journal.SegmentFile(folder, number) as file:
+        with journal.SegmentFile(self._folder / name, number) as file:
             batch: list[journal.Entry] = []
             for entry in file.entries(0, end, torn):
                 segment.whole = segment.whole and entry.kind != journal.DAMAGED

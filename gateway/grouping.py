@@ -142,7 +142,7 @@ class Grouping:
     def _ring(self, after_s: float = _RING_S) -> None:
         """Wake who works off our events, if there are others than of instances that joined their groups.
 
-        Nothing follows from those; and while instances stream in, others are not worth a ring for each transaction.
+        Who wants those looks once a second; and while instances stream in, nothing is worth a ring each time.
         """
         if self._news and time.monotonic() - self._rung > after_s:
             self._rung, self._news = time.monotonic(), False

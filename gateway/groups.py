@@ -240,7 +240,7 @@ def add_member(
                 digest=instance.digest,
             )
         )
-        insert_new(connection, tables.group_studies, [study_of_member(row["group_id"], instance)])
+        insert_new(connection, tables.group_studies, [{"group_id": row["group_id"], "study_uid": instance.study_uid}])
     else:
         connection.execute(table.update().where(here).values(digest=instance.digest))
     if row["state"] == OPEN:
@@ -249,11 +249,6 @@ def add_member(
     changed = {"state": OPEN, "revision": row["revision"] + 1, "opened": received, "closed": None}
     _touch(connection, row["group_id"], {**changed, "last_received": received, "check_at": received})
     return True, True
-
-
-def study_of_member(group_id: str, instance: Instance) -> dict[str, str]:
-    """Make the row that says that the group has the study of an instance."""
-    return {"group_id": group_id, "study_uid": instance.study_uid}
 
 
 def _touch(connection: sa.Connection, group_id: str, values: dict[str, Any]) -> None:

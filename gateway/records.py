@@ -110,7 +110,6 @@ class Records:
         ).mappings().all()  # fmt: skip
         same = next((row for row in known if row["digest"] == ref.digest), None)
         if same is not None:
-            _count_waste(connection, entry, same["object"])
             instance = _as_sent(groups.instance_of(same), entry)
         else:
             instance = new_instance(entry, ref, attributes or {})
@@ -118,6 +117,8 @@ class Records:
         if state == "quarantined":
             self.set_aside(connection, entry, reason)
             return
+        if same is not None:
+            _count_waste(connection, entry, same["object"])
         if same is None:
             _insert(connection, instance, state, reason)
             if known:
@@ -197,13 +198,12 @@ class Records:
 
 def _count_waste(connection: sa.Connection, entry: journal.Entry, kept: Mapping[str, Any] | None) -> None:
     """Count the place that a record takes in its segment as not wanted: `kept` is the copy that the tables refer to."""
-    if not entry.head or entry.fields["object"] == kept:
+    if not entry.head or entry.fields.get("object") == kept:
         return
-    table, place = tables.segment_waste, {"log": entry.log, "segment": entry.after.segment}
-    size = entry.after.offset - entry.since
+    table, size = tables.segment_waste, entry.after.offset - entry.since
+    insert_new(connection, table, [{"log": entry.log, "segment": entry.after.segment, "bytes": 0}])
     here = sa.and_(table.c.log == entry.log, table.c.segment == entry.after.segment)
-    if connection.execute(table.update().where(here).values(bytes=table.c.bytes + size)).rowcount == 0:
-        connection.execute(table.insert().values(**place, bytes=size))
+    connection.execute(table.update().where(here).values(bytes=table.c.bytes + size))
 
 
 def new_instance(entry: journal.Entry, ref: ObjectRef, attributes: Mapping[str, str]) -> Instance:

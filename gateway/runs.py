@@ -45,7 +45,7 @@ class Run:
         self._more_wait = len(self._waiting) == _LOOKED_AHEAD
         self._instances: list[dict[str, Any]] = []
         self._members: list[dict[str, Any]] = []
-        self._group_studies: dict[tuple[str, str], dict[str, str]] = {}
+        self._group_studies: set[tuple[str, str]] = set()
         self._events: list[Event] = []
 
     def take(self, entry: Entry, attributes: Mapping[str, str] | None) -> bool:
@@ -72,9 +72,10 @@ class Run:
             return
         insert_many(self.connection, tables.instances, self._instances)
         insert_many(self.connection, tables.members, self._members)
-        insert_new(self.connection, tables.group_studies, list(self._group_studies.values()))
+        studies = [{"group_id": group, "study_uid": study} for group, study in sorted(self._group_studies)]
+        insert_new(self.connection, tables.group_studies, studies)
         record_events(self.connection, self._events)
-        self._instances, self._members, self._group_studies, self._events = [], [], {}, []
+        self._instances, self._members, self._group_studies, self._events = [], [], set(), []
         self._write_studies()
         self._write_groups()
 
@@ -115,7 +116,7 @@ class Run:
                 "digest": instance.digest,
             }
         )
-        self._group_studies[group.group_id, instance.study_uid] = groups.study_of_member(group.group_id, instance)
+        self._group_studies.add((group.group_id, instance.study_uid))
         self._events.append(stored_event(instance, study["sequence"]))
 
     def _study(self, study_uid: str) -> dict[str, Any] | None:

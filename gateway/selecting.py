@@ -133,17 +133,17 @@ def _described(wanted: StudyFilter, study_uids: Sequence[str]) -> sa.Select[tupl
 
 
 def _closed_groups(connection: sa.Connection, study_uids: Sequence[str]) -> dict[str, list[ClosedGroup]]:
-    member, group, revision = tables.group_studies, tables.groups, tables.revisions
+    study, group, revision = tables.group_studies, tables.groups, tables.revisions
     latest = sa.func.max(revision.c.revision).label("revision")
     query = (
-        sa.select(member.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae, latest)
+        sa.select(study.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae, latest)
         .select_from(
-            member.join(group, group.c.group_id == member.c.group_id).join(
+            study.join(group, group.c.group_id == study.c.group_id).join(
                 revision, revision.c.group_id == group.c.group_id
             )
         )
-        .where(member.c.study_uid.in_(study_uids))
-        .group_by(member.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae)
+        .where(study.c.study_uid.in_(study_uids))
+        .group_by(study.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae)
         .order_by(group.c.group_id)
     )
     found: dict[str, list[ClosedGroup]] = {}

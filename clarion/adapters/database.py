@@ -57,6 +57,10 @@ class Database:
             if schema.is_current(connection, wanted):
                 return
         with self.transaction() as connection:
+            if not self.is_sqlite:
+                # As long as it takes: a large table is changed, or another process is doing so.
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+                connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
             lock(connection, "schema", wanted.stage)
             schema.migrate(connection, wanted)
 
@@ -64,7 +68,7 @@ class Database:
     def transaction(self, *, quiet: bool = False) -> Iterator[sa.Connection]:
         """Write: committed and durable when the block ends, gone when it raises. Keep it short.
 
-        A `quiet` one wakes nobody: what it writes is of interest only to who writes it.
+        A `quiet` one wakes nobody: what it writes is nothing that others wait for.
         """
         try:
             with self._engine.begin() as connection:

@@ -44,7 +44,7 @@ class EmbeddedBus:
         self._tries = tries
         self._patience_s = patience_s
         self._subscriptions: dict[str, Handover] = {}
-        # How far events that a consumer does not want were passed over, and beyond which place in the table.
+        # By consumer: its position in the table, and how far beyond it events were passed over that it does not want.
         self._passed: dict[str, tuple[int, int]] = {}
         self._last = -1
         database.create(outbox.SCHEMA)
@@ -62,15 +62,21 @@ class EmbeddedBus:
 
     def step(self) -> bool:
         """Hand a batch of what is waiting to each handler."""
-        last, starts = self._look()
-        moved = [self._advance(one, starts.get(name, 0), last) for name, one in self._subscriptions.items()]
-        self._keep_passed(last, starts)
+        try:
+            last, starts = self._look()
+            moved = [self._advance(one, starts.get(name, 0), last) for name, one in self._subscriptions.items()]
+            self._keep_passed(last)
+        except BaseException:
+            # The database may come back as it was earlier, and give positions anew.
+            self._passed.clear()
+            raise
         handlers = {name: one.handler for name, one in self._subscriptions.items()}
         return redrive(self._database, handlers, self._origin) or any(moved)
 
     def close(self) -> None:
         """Forget the subscriptions; their positions are kept."""
         self._subscriptions.clear()
+        self._passed.clear()
 
     def _origin(self, letter: DeadLetter) -> Record | None:
         return outbox.find_record(self._database, letter.subject, letter.event_id)
@@ -84,7 +90,7 @@ class EmbeddedBus:
     def _advance(self, hand: Handover, start: int, last: int) -> bool:
         """Hand over what waits for a consumer between `start` and `last`; tell whether there may be more."""
         kept, passed = self._passed.get(hand.consumer, (start, start))
-        begin = passed if kept == start else start
+        begin = passed if kept == start and passed <= last else start
         if begin >= last or hand.rests(ORIGIN, 0):
             return False
         with self._database.reading() as connection:
@@ -95,21 +101,22 @@ class EmbeddedBus:
         if not stopped and len(rows) < _BATCH:
             position = last
         if handed:
+            self._passed.pop(hand.consumer, None)
             outbox.keep_position(self._database, hand.consumer, position)
         else:
             self._passed[hand.consumer] = (start, position)
         return bool(rows) and not stopped
 
-    def _keep_passed(self, last: int, starts: dict[str, int]) -> None:
+    def _keep_passed(self, last: int) -> None:
         """Keep how far events of other kinds were passed over when no more come, or many have: not at each look."""
         no_more, self._last = last == self._last, last
         due = {
-            consumer: position
-            for consumer, (kept, position) in self._passed.items()
-            if kept == starts.get(consumer, 0) < position and (no_more or position - kept >= _PASSED_OVER)
+            consumer: (kept, passed)
+            for consumer, (kept, passed) in self._passed.items()
+            if kept < passed <= last and (no_more or passed - kept >= _PASSED_OVER)
         }
         if due:
-            outbox.keep_positions(self._database, due)
+            outbox.move_positions(self._database, due)
 
 
 def read_lag(database: Database) -> list[ConsumerLag]:

@@ -83,7 +83,7 @@ def list_events(
 ) -> list[EventRow]:
     """List events in order: the first ones behind a position, or the latest; of types that begin so, of subjects."""
     table, position = events_table, events_table.c.position
-    # The places first, from an index: a subject may have many events, and each is a page.
+    # The places first, which SQLite finds in an index: a subject may have many events, and each is a page.
     places = sa.select(position).order_by(position.desc() if after is None else position).limit(limit)
     if kinds:
         places = places.where(sa.or_(*(table.c.kind.startswith(one, autoescape=True) for one in kinds)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from clarion.adapters.database import BIG, TEXT, as_json, insert_many, lock, replace
+from clarion.adapters.database import BIG, TEXT, as_json, insert_many, insert_new, lock, replace
 from clarion.adapters.schema import Schema
 from clarion.adapters.topics import family_of
 from clarion.codec import Record, encode
@@ -154,15 +154,20 @@ def positions_of(connection: sa.Connection, readers: Sequence[str]) -> dict[str,
 
 
 def keep_position(database: Database, consumer: str, position: int) -> None:
-    """Keep a reader's position."""
-    keep_positions(database, {consumer: position})
-
-
-def keep_positions(database: Database, positions: Mapping[str, int]) -> None:
-    """Keep the positions of some readers. Wakes nobody, or readers that move on would keep waking each other."""
+    """Keep a reader's position. Wakes nobody, or readers that move on would keep waking each other."""
     with effect("bus.position"), database.transaction(quiet=True) as connection:
-        for consumer, position in positions.items():
-            replace(connection, consumers, {"consumer": consumer, "position": position})
+        replace(connection, consumers, {"consumer": consumer, "position": position})
+
+
+def move_positions(database: Database, moves: Mapping[str, tuple[int, int]]) -> None:
+    """Move readers from a position to another, those that are still there; who has not begun is at 0."""
+    table = consumers
+    with effect("bus.position"), database.transaction(quiet=True) as connection:
+        for consumer, (before, after) in moves.items():
+            here = sa.and_(table.c.consumer == consumer, table.c.position == before)
+            moved = connection.execute(table.update().where(here).values(position=after)).rowcount
+            if not moved and before == 0:
+                insert_new(connection, table, [{"consumer": consumer, "position": after}])
 
 
 def record_of(row: sa.Row[tuple[object, ...]]) -> Record:

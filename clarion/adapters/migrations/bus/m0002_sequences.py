@@ -28,7 +28,9 @@ def _on_postgresql() -> None:
     op.drop_index("events_subject", "events")
     op.drop_constraint("events_event_id_key", "events")
     op.add_column("events", sa.Column("sequence", BIG, nullable=True))
-    op.execute("UPDATE events SET sequence = (convert_from(body, 'UTF8')::json ->> 'sequence')::bigint")
+    # One pass over the table, and no dead copy of each row.
+    said = "substring(convert_from(body, 'UTF8') from '\"sequence\":([0-9]+)')::bigint"
+    op.execute(f"ALTER TABLE events ALTER COLUMN sequence TYPE bigint USING ({said})")
     op.alter_column("events", "sequence", nullable=False)
 
 
