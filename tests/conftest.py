@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,12 @@ _LONGEST_END_S = 60
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which server served what; in the summary, for a quiet run has no header."""
     terminalreporter.write_line(f"served by: Kafka: {kafka_server.source()}; PostgreSQL: {postgres.source()}")
+
+
+def pytest_configure() -> None:
+    """A shell that starts us in the background has us ignore SIGINT, and so do the programs that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
