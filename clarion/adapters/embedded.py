@@ -66,8 +66,7 @@ class EmbeddedBus:
             last, starts = self._look()
             moved = [self._advance(one, starts.get(name, 0), last) for name, one in self._subscriptions.items()]
             self._keep_passed(last)
-        except BaseException:
-            # The database may come back as it was earlier, and give positions anew.
+        except BaseException:  # whatever it was, the database may come back as it was, and give positions anew
             self._passed.clear()
             raise
         handlers = {name: one.handler for name, one in self._subscriptions.items()}
