@@ -116,6 +116,7 @@ class EmbeddedBus:
         }
         if due:
             outbox.move_positions(self._database, due)
+            self._passed = {name: one for name, one in self._passed.items() if name not in due}
 
 
 def read_lag(database: Database) -> list[ConsumerLag]:

@@ -86,6 +86,10 @@ def test_events_of_other_kinds_are_read_past_once_and_kept_when_no_more_come(
     bus.step()
     assert [one.behind for one in read_lag(database)] == [0]
     assert len(asked) == 3, "nothing new, nothing read"
+    written: list[object] = []
+    monkeypatch.setattr(outbox, "move_positions", lambda _, moves: written.append(moves))
+    bus.step()
+    assert written == [], "nothing new, nothing written"
 
 
 def test_two_of_a_name_do_not_put_each_other_back(database: Database) -> None:
