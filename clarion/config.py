@@ -131,10 +131,23 @@ class StowConfig(Model):
 
 
 class IntakeConfig(Model):
-    """How much of the disk receiving may use."""
+    """How much of the disk receiving may use, and how long what was received is kept.
+
+    Longer than late instances may come for a group, a day; without `failed_retention_days`, a failed job keeps what it
+    was to be run on until a person takes it up or lets it go.
+    """
 
     watermark_percent: Annotated[int, Field(ge=1, le=100)] = 85
     reserve_gb: Annotated[float, Field(ge=0)] = 5.0
+    retention_days: Annotated[float, Field(ge=1, le=36500)] = 7.0
+    ignored_retention_days: Annotated[float, Field(ge=1, le=36500)] = 7.0
+    failed_retention_days: Annotated[float, Field(ge=1, le=36500)] | None = None
+
+
+class QuarantineConfig(Model):
+    """How long is kept what was set aside, and what came again with other content."""
+
+    retention_days: Annotated[float, Field(ge=8, le=36500)] = 90.0
 
 
 class ScuConfig(Model):
@@ -171,6 +184,7 @@ class GatewayConfig(Model):
     sources: tuple[Source, ...] = ()
     destinations: tuple[DestinationConfig, ...] = ()
     intake: IntakeConfig = IntakeConfig()
+    quarantine: QuarantineConfig = QuarantineConfig()
     delivery: DeliveryConfig = DeliveryConfig()
 
 

@@ -104,6 +104,22 @@ class AssociationEnded(Event):
     refused: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancesRemoved(Event):
+    """Instances of this study were kept for as long as they had to be, and are gone.
+
+    `reason` is `retention` (of the group `group_id`), `ignored-retention`, `conflict-retention` or
+    `quarantine-retention`.
+    """
+
+    kind: ClassVar[str] = "instance.removed.v1"
+
+    reason: str
+    instances: int
+    size_bytes: int
+    group_id: str = ""
+
+
 # Subject: group id ----------------------------------------------------------------------------------------------
 
 
@@ -165,6 +181,17 @@ class GroupDiscarded(Event):
     kind: ClassVar[str] = "group.discarded.v1"
 
     revision: int
+    reason: str
+    studies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupReleased(Event):
+    """A person let a group's instances go when their time comes, whatever became of the jobs on it."""
+
+    kind: ClassVar[str] = "group.released.v1"
+
+    by: str
     reason: str
     studies: tuple[str, ...]
 
@@ -392,12 +419,14 @@ ALL: tuple[type[Event], ...] = (
     InstanceIgnored,
     InstanceQuarantined,
     InstanceConflicted,
+    InstancesRemoved,
     AssociationEnded,
     GroupOpened,
     GroupRevised,
     GroupClosed,
     GroupBlocked,
     GroupDiscarded,
+    GroupReleased,
     JobRequested,
     JobRetried,
     JobStarted,

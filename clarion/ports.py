@@ -51,6 +51,22 @@ class ObjectStore(Protocol):
         """Give up to `count` bytes from the beginning, not compared with the digest; errors as `read`."""
 
 
+class ReceiptStore(ObjectStore, Protocol):
+    """An object store whose receipts have bytes of their own, which can be put back, and removed."""
+
+    def restore(self, ref: ObjectRef, data: bytes) -> None:
+        """Put the bytes of a reference where its readers find them, durable on return. Raises StoreUnavailableError."""
+
+    def remove(self, refs: Iterable[ObjectRef]) -> None:
+        """Remove the bytes of receipts that nothing refers to any more; twice is harmless, also for what is shared.
+
+        Raises StoreUnavailableError.
+        """
+
+    def is_whole(self, ref: ObjectRef) -> bool:
+        """Tell whether an object can be read as it was; however large it is, little memory is taken."""
+
+
 class Clock(Protocol):
     """The time: `now` for what is stored, `monotonic` for durations."""
 

@@ -114,6 +114,7 @@ class App:
         from gateway.doorbell import Doorbell  # noqa: PLC0415  as above
         from gateway.grouping import Grouping  # noqa: PLC0415  as above
         from gateway.registry import load_registry  # noqa: PLC0415  as above
+        from gateway.retention import policy_of  # noqa: PLC0415  as above
 
         self.bus()
         return Grouping(
@@ -123,6 +124,7 @@ class App:
             store=self.store,
             clock=self.clock,
             registry=load_registry(self.checked.config.gateway),
+            policy=policy_of(self.checked.config.gateway),
             doorbell=Doorbell(self.data / "journal", self.data / "wake"),
             wake=self.wakeup.ring,
         )
@@ -186,6 +188,7 @@ class App:
         from gateway import tables  # noqa: PLC0415  as above
         from gateway.answers import CommitmentAnswers  # noqa: PLC0415  as above
         from gateway.delivery import DeliveryStage  # noqa: PLC0415  as above
+        from gateway.jobs import GroupJobs  # noqa: PLC0415  as above
         from gateway.outages import Outages  # noqa: PLC0415  as above
         from gateway.outbound import Outbound  # noqa: PLC0415  as above
         from gateway.requests import (  # noqa: PLC0415  as above
@@ -198,6 +201,7 @@ class App:
         self.database.create(tables.SCHEMA)
         bus.subscribe("delivery", [DeliveryRequested], DeliveryRequests(self.database, self.store))
         bus.subscribe("delivery-superseded", [JobSuperseded], SupersededJobs(self.database))
+        bus.subscribe("retention", GroupJobs.kinds, GroupJobs(self.database))
         bus.subscribe("delivery-replays", [ReplayOrdered], ReplayedDeliveries(self.database, self.store))
         return DeliveryStage(
             config=self.checked.config.gateway,

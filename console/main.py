@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from console.association_cli import association_cli
+from console.cleanup_cli import cleanup_cli
 from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, reader, run
 from console.delivery_cli import delivery_cli
 from console.dicom_cli import echo, send
@@ -31,6 +32,7 @@ cli = typer.Typer(
 study_cli = typer.Typer(help="Look at studies.", no_args_is_help=True)
 config_cli = typer.Typer(help="Check a configuration, or print an example.", no_args_is_help=True)
 cli.add_typer(study_cli, name="study")
+cli.add_typer(cleanup_cli, name="cleanup")
 cli.add_typer(letters_cli, name="deadletters")
 cli.add_typer(association_cli, name="association")
 cli.add_typer(delivery_cli, name="delivery")

@@ -11,6 +11,7 @@ from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, read
 
 if TYPE_CHECKING:
     from clarion.adapters.database import Database
+    from console.app import App
     from gateway.queries import QuarantineRow
 
 quarantine_cli = typer.Typer(help="Look at data sets that were set aside.", no_args_is_help=True)
@@ -24,21 +25,23 @@ def quarantine_list(
     limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=100_000)] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List what is in quarantine with its reason, the latest first."""
+    """List what is in quarantine, the latest first: when it came, until when it is kept, who sent it, and why."""
 
     def body() -> int:
         from dataclasses import asdict  # noqa: PLC0415  quick --help
 
         from gateway.queries import list_quarantine  # noqa: PLC0415  quick --help
 
-        rows = list_quarantine(reader(config).database, limit, study_uid=study)
+        app = reader(config)
+        rows = list_quarantine(app.database, limit, study_uid=study)
         if as_json:
-            print_json([asdict(one) for one in rows])
+            print_json([{**asdict(one), "kept_until": _kept_until(app, one)} for one in rows])
             return 0
         for one in rows:
             who = f"{one.calling_ae or '-'} → {one.called_ae or '-'}"
             typer.echo(
-                f"{one.quarantine_id[:8]}  {one.received[:19]}  {who:<35}  {one.reason:<24}  {one.sop_instance_uid}"
+                f"{one.quarantine_id[:8]}  {one.received[:19]}  until {_kept_until(app, one)[:10]}  {who:<35}  "
+                f"{one.reason:<24}  {one.sop_instance_uid}"
             )
         if not rows:
             typer.echo("nothing is in quarantine", err=True)
@@ -54,8 +57,9 @@ def quarantine_show(quarantine_id: Id, config: ConfigFile = DEFAULT_CONFIG, as_j
     def body() -> int:
         from dataclasses import asdict  # noqa: PLC0415  quick --help
 
-        row = _find(reader(config).database, quarantine_id)
-        said = asdict(row)
+        app = reader(config)
+        row = _find(app.database, quarantine_id)
+        said = {**asdict(row), "kept_until": _kept_until(app, row)}
         if as_json:
             print_json(said)
             return 0
@@ -98,6 +102,15 @@ def quarantine_export(
         return 0
 
     run(body)
+
+
+def _kept_until(app: App, row: QuarantineRow) -> str:
+    """Say when it is removed, if nobody changes how long such things are kept."""
+    from datetime import datetime  # noqa: PLC0415  quick --help
+
+    from gateway.retention import policy_of  # noqa: PLC0415  as above
+
+    return (datetime.fromisoformat(row.received) + policy_of(app.checked.config.gateway).quarantined).isoformat()
 
 
 def _find(database: Database, quarantine_id: str) -> QuarantineRow:

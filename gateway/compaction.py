@@ -1,11 +1,10 @@
 """Gives segments of the journal back to their writers when little of what lies in them is still wanted.
 
-What is wanted: a data set that a row of the tables refers to where it lies. It is copied into the object store under
-its digest, where every reader looks next, and then the segment's file is renamed; its writer writes over it. Of a
-duplicate the first copy is wanted; when that can no longer be read, the duplicate repairs it before it goes. Only
-segments that the grouping owner has read to their end are looked at, never the newest of a log, each once in the life
-of a process; and only those of which the owner has counted that half is not wanted: to look at one costs as much as to
-take its records.
+What is wanted: a data set that a row of the tables refers to where it lies. It is restored to a file of its own, where
+every reader looks next, and then the segment's file is renamed; its writer writes over it. Of a duplicate the first
+copy is wanted; when that can no longer be read, the duplicate repairs it before it goes. Only segments that the
+grouping owner has read to their end are looked at, never the newest of a log; only those of which the owner has counted
+that half is not wanted, for to look at one costs as much as to take its records; and again only when that has grown.
 """
 
 from __future__ import annotations
@@ -29,12 +28,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from clarion.adapters.database import Database
-    from clarion.ports import ObjectStore
+    from clarion.ports import ReceiptStore
 
 log = structlog.get_logger()
 
 # Copying costs as much as was written: worth it when at least half becomes free.
 _WORTH = 0.5
+# What is counted is more than what is found, and grows: so much more is worth another look.
+_MORE = 1.1
 _ROWS = 200
 # So much is copied in a step: grouping waits for it.
 _AT_ONCE_BYTES = 4 * 2**20
@@ -54,12 +55,13 @@ class _Segment:
 class Compactor:
     """Looks at one segment a step, or copies some of it. For the grouping owner, when it has nothing else to do."""
 
-    def __init__(self, folder: Path, database: Database, store: ObjectStore, *, reader: str) -> None:
+    def __init__(self, folder: Path, database: Database, store: ReceiptStore, *, reader: str) -> None:
         self._folder = folder
         self._database = database
         self._store = store
         self._reader = reader
-        self._seen: set[tuple[str, int]] = set()
+        # How much was counted of a segment when it was looked at last.
+        self._seen: dict[tuple[str, int], int] = {}
         # What is being emptied.
         self._copying: _Segment | None = None
         self.freed = 0
@@ -75,6 +77,12 @@ class Compactor:
         except OSError as error:
             raise StoreUnavailableError(f"a segment of the journal cannot be looked at: {error.strerror}") from error
 
+    def rows_removed(self) -> None:
+        """Judge anew what is being emptied: some of it may not be wanted any more."""
+        if self._copying is not None:
+            self._seen.pop((self._copying.log, self._copying.number), None)
+            self._copying = None
+
     def _look_at_next(self) -> bool:
         """Look at a segment of which enough is not wanted; tell whether there was one with anything that is not."""
         found = self._next()
@@ -82,7 +90,7 @@ class Compactor:
             return False
         name, number = found.log, found.segment
         # The owner has read it to its end: nothing is added to it any more. And what cannot be read is not tried again.
-        self._seen.add((name, number))
+        self._seen[name, number] = found.bytes
         folder = self._folder / name
         numbers = journal.segments(folder) if folder.is_dir() else None
         if numbers is not None and number not in numbers:
@@ -104,7 +112,7 @@ class Compactor:
         )
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-        return next((one for one in rows if (one.log, one.segment) not in self._seen), None)
+        return next((one for one in rows if one.bytes > _MORE * self._seen.get((one.log, one.segment), -1)), None)
 
     def _forget(self, name: str, number: int) -> None:
         """Let go of what is counted of a segment that is not there any more."""
@@ -136,8 +144,8 @@ class Compactor:
             if ref in first:
                 segment.wanted.append(ref)
                 segment.wanted_bytes += ref.size_bytes
-            elif first and not any(self._is_readable(one) for one in first):
-                self._repair(ref)
+            elif first and not any(self._store.is_whole(one) for one in first):
+                self._repair(ref, first)
 
     def _referred(self, entries: list[journal.Entry]) -> dict[str, list[ObjectRef]]:
         """Give what the tables refer to, of the instances that some records are about, by digest."""
@@ -157,21 +165,16 @@ class Compactor:
                         found.setdefault(ref.digest, []).append(ref)
         return found
 
-    def _repair(self, ref: ObjectRef) -> None:
-        """The copy that the tables refer to can no longer be read; this one is put where it is looked for then."""
+    def _repair(self, ref: ObjectRef, first: list[ObjectRef]) -> None:
+        """The copies that the tables refer to can no longer be read; this one is put where they are looked for then."""
         try:
-            self._store.put(self._store.read(ref))
+            data = self._store.read(ref)
+            for one in first:
+                self._store.restore(one, data)
         except MissingObjectError as error:
             log.error("object.lost", digest=ref.digest, reason=str(error))  # noqa: TRY400  as its name says
             return
         log.warning("object.repaired", digest=ref.digest)
-
-    def _is_readable(self, ref: ObjectRef) -> bool:
-        try:
-            self._store.read(ref)
-        except (MissingObjectError, StoreUnavailableError):
-            return False
-        return True
 
     def _empty(self, segment: _Segment) -> None:
         """Copy some of what is wanted; when all of it is, let the file be written over."""
@@ -180,7 +183,7 @@ class Compactor:
             ref = segment.wanted.pop()
             size += ref.size_bytes
             try:
-                self._store.put(self._store.read(ref))
+                self._store.restore(ref, self._store.read(ref))
             except MissingObjectError as error:
                 # Damaged where it lies: nothing that another copy could be made of, and nothing to be thrown away.
                 log.error("segment.kept", log=segment.log, segment=segment.number, reason=str(error))  # noqa: TRY400
@@ -205,7 +208,7 @@ class Compactor:
                 path.rename(folder / f"{FREED}{path.name}")
             journal.end_path(folder, segment.number).unlink(missing_ok=True)
             sync_folder(folder)
-        self._seen.discard((segment.log, segment.number))  # what is counted of it is forgotten next
+        self._seen.pop((segment.log, segment.number), None)  # what is counted of it is forgotten next
         self.freed += 1
         log.info("segment.freed", log=segment.log, segment=segment.number, copied=segment.copied)
 

@@ -31,6 +31,8 @@ from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables
 from gateway.compaction import Compactor
 from gateway.records import SOURCE, Records
+from gateway.removal import Remover
+from gateway.retention import Policy
 from gateway.rulings import GROUPING_FAILED, RULE_RETRY, TROUBLES, decide, removed
 from gateway.runs import Run
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from clarion.adapters.database import Database
-    from clarion.ports import Clock, ObjectStore
+    from clarion.ports import Clock, ReceiptStore
     from gateway.doorbell import Doorbell
     from gateway.registry import CalledEntity
 
@@ -55,6 +57,8 @@ _PREPARE_S = 0.25
 _LOOK_AT_CLOCK = 16
 _GATHER_S = 0.1
 _RING_S = 0.25
+# While records never cease, a piece of what else is to be done so often.
+_TIDY_S = 1.0
 # An object that cannot be read so often, and for so long, is set aside.
 _STORE_TRIES = 5
 _STORE_PATIENCE_S = 30.0
@@ -86,13 +90,16 @@ class Grouping:
         *,
         journal_folder: Path,
         database: Database,
-        store: ObjectStore,
+        store: ReceiptStore,
         clock: Clock,
         registry: dict[str, CalledEntity],
+        policy: Policy | None = None,
         doorbell: Doorbell | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._compactor = Compactor(journal_folder, database, store, reader=READER)
+        self._remover = Remover(database, store, clock, policy or Policy())
+        self._tidied = 0.0
         self._wake = wake
         self._rung = 0.0
         self._news = False
@@ -124,7 +131,7 @@ class Grouping:
         oldest = next((one.time for one in entries if one.kind != journal.DAMAGED), None)
         self._backlog = _Backlog(len(entries), oldest, len(entries) == self._most)
         if not entries:
-            return self._judge_waiting(now) or self._compactor.step()
+            return self._judge_waiting(now) or self._tidy()
         known = self._known(entries)
         prepared = self._prepare(entries, known)
         moved: dict[str, journal.Position] = {}
@@ -137,7 +144,17 @@ class Grouping:
         self._most = max(_FEW, taken) if taken < len(entries) else min(_BATCH, self._most + self._most // 8)
         self._taken += taken
         self._backlog.records -= taken
+        if time.monotonic() - self._tidied > _TIDY_S:
+            self._tidy()
         return True
+
+    def _tidy(self) -> bool:
+        """Remove a piece of what need not be kept, or give a piece of the journal back; tell whether there was one."""
+        self._tidied = time.monotonic()
+        if self._remover.step():
+            self._compactor.rows_removed()
+            return True
+        return self._compactor.step()
 
     def _ring(self, after_s: float = _RING_S) -> None:
         """Wake who works off our events, if there are others than of instances that joined their groups.
@@ -204,6 +221,8 @@ class Grouping:
         facts: dict[str, object] = {"records_taken": self._taken, "records_waiting": backlog.records}
         if backlog.records and backlog.oldest is not None:
             facts["waiting_since"] = backlog.oldest.isoformat()
+        if self._remover.removed:
+            facts["instances_removed"] = self._remover.removed
         if self._compactor.freed:
             facts["segments_freed"] = self._compactor.freed
         if backlog.more:
@@ -429,7 +448,7 @@ class Grouping:
         manifest = groups.manifest_of(connection, row)
         with effect("grouping.manifest"):
             ref = self._store.put(manifest.encode())
-        groups.close(connection, row, manifest, ref=ref, now=now, reason=reason)
+        groups.close(connection, row, manifest, ref=ref, now=now, reason=reason, triggers=triggers)
         event = events.GroupClosed(
             **self._next(connection, row, now),
             rule=row["rule"],

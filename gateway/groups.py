@@ -20,6 +20,7 @@ from clarion.model import (
     SeriesUid,
     SopInstanceUid,
     StudyUid,
+    Trigger,
     derive_group_id,
 )
 from gateway import tables
@@ -27,6 +28,8 @@ from gateway import tables
 # A key that comes back later than this after closing begins a new group (DESIGN 10, epoch).
 LATE_WINDOW = timedelta(hours=24)
 OPEN, CLOSED, DISCARDED = "open", "closed", "discarded"
+# Ended, and retention has let its instances go: some of them are still there, or none.
+REMOVING, REMOVED = "removing", "removed"
 
 
 class Members(Sequence[Instance]):
@@ -131,6 +134,8 @@ def find_or_open(
 
 
 def _sealed(group: sa.RowMapping, now: datetime) -> bool:
+    if group["state"] in {REMOVING, REMOVED}:
+        return True
     return group["closed"] is not None and now > datetime.fromisoformat(group["closed"]) + LATE_WINDOW
 
 
@@ -189,7 +194,14 @@ def keep_open(connection: sa.Connection, row: sa.RowMapping, reason: str, again:
 
 
 def close(
-    connection: sa.Connection, row: sa.RowMapping, manifest: Manifest, *, ref: ObjectRef, now: datetime, reason: str
+    connection: sa.Connection,
+    row: sa.RowMapping,
+    manifest: Manifest,
+    *,
+    ref: ObjectRef,
+    now: datetime,
+    reason: str,
+    triggers: Sequence[Trigger] = (),
 ) -> None:
     """Close the group's present revision with its manifest."""
     table = tables.groups
@@ -206,6 +218,7 @@ def close(
             manifest_digest=manifest.digest,
             instances=len(manifest.entries),
             closed=now.isoformat(),
+            pipelines=len({one.pipeline_id for one in triggers}),
         )
     )
 

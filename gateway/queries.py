@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyCounts:
-    """What came of a study: received = grouped + ignored + quarantined."""
+    """What came of a study: received = grouped + ignored + quarantined, of which retention has `removed` some."""
 
     study_uid: str
     first_received: str
@@ -29,6 +29,7 @@ class StudyCounts:
     ignored: int
     quarantined: int
     conflicted: int
+    removed: int
     series: int
     calling_ae: str
     called_ae: str
@@ -101,6 +102,9 @@ def _counts(connection: sa.Connection, study: sa.Row[tuple[object, ...]]) -> Stu
             sa.func.min(one.c.attributes["00080060"].as_string()),
         ).where(one.c.study_uid == study.study_uid)
     ).one()
+    gone = tables.removals.c
+    counted = sa.select(gone.state, gone.instances).where(gone.study_uid == study.study_uid)
+    removed = {one.state: one.instances for one in connection.execute(counted)}
     quarantined, dropped = (
         connection.execute(sa.select(sa.func.count()).where(table.c.study_uid == study.study_uid)).scalar_one()
         for table in (tables.quarantine, tables.ignored)
@@ -109,10 +113,11 @@ def _counts(connection: sa.Connection, study: sa.Row[tuple[object, ...]]) -> Stu
         study_uid=str(study.study_uid),
         first_received=str(study.first_received),
         last_received=str(study.last_received),
-        received=row[0] + row[1] + dropped + quarantined,
-        grouped=row[0],
-        ignored=row[1] + dropped,
-        quarantined=quarantined,
+        received=row[0] + row[1] + dropped + quarantined + sum(removed.values()),
+        grouped=row[0] + removed.get("grouped", 0),
+        ignored=row[1] + dropped + removed.get("ignored", 0),
+        quarantined=quarantined + removed.get("quarantined", 0),
+        removed=sum(removed.values()),
         conflicted=row[2],
         series=row[3],
         calling_ae=row[4] or "",

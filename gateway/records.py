@@ -78,7 +78,7 @@ class Records:
         table = tables.quarantine
         known_row = connection.execute(sa.select(table.c.object).where(table.c.quarantine_id == quarantine_id)).first()
         if known_row is not None:
-            _count_waste(connection, entry, known_row.object)
+            _not_wanted(connection, entry, known_row.object)
             return
         described = ("study_uid", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "calling_ae", "called_ae")
         connection.execute(
@@ -91,7 +91,7 @@ class Records:
             )
         )
         event = events.InstanceQuarantined(
-            **_next_of_study(connection, fields["study_uid"], entry.time),
+            **next_of_study(connection, fields["study_uid"], entry.time),
             sop_instance_uid=fields["sop_instance_uid"],
             calling_ae=fields["calling_ae"],
             called_ae=fields["called_ae"],
@@ -118,7 +118,7 @@ class Records:
             self.set_aside(connection, entry, reason)
             return
         if same is not None:
-            _count_waste(connection, entry, same["object"])
+            _not_wanted(connection, entry, same["object"])
         if same is None:
             _insert(connection, instance, state, reason)
             if known:
@@ -138,7 +138,7 @@ class Records:
         entity = self._registry.get(instance.called_ae)
         newest = entity is not None and entity.overwrite_same_instance
         event = events.InstanceConflicted(
-            **_next_of_study(connection, instance.study_uid, instance.received),
+            **next_of_study(connection, instance.study_uid, instance.received),
             sop_instance_uid=instance.sop_instance_uid,
             kept_digest=first_digest,
             other_digest=instance.digest,
@@ -185,7 +185,7 @@ class Records:
     def _ended(self, connection: sa.Connection, entry: journal.Entry) -> None:
         fields = entry.fields
         event = events.AssociationEnded(
-            **_next_of_study(connection, fields["study_uid"], entry.time),
+            **next_of_study(connection, fields["study_uid"], entry.time),
             association=fields["association"],
             calling_ae=fields["calling_ae"],
             called_ae=fields["called_ae"],
@@ -196,14 +196,24 @@ class Records:
         record_events(connection, [event])
 
 
-def _count_waste(connection: sa.Connection, entry: journal.Entry, kept: Mapping[str, Any] | None) -> None:
-    """Count the place that a record takes in its segment as not wanted: `kept` is the copy that the tables refer to."""
-    if not entry.head or entry.fields.get("object") == kept:
+def _not_wanted(connection: sa.Connection, entry: journal.Entry, kept: Mapping[str, Any] | None) -> None:
+    """Give up the data set of a record: `kept` is the copy that the tables refer to."""
+    found = entry.fields.get("object")
+    if not found or found == kept:
         return
-    table, size = tables.segment_waste, entry.after.offset - entry.since
-    insert_new(connection, table, [{"log": entry.log, "segment": entry.after.segment, "bytes": 0}])
-    here = sa.and_(table.c.log == entry.log, table.c.segment == entry.after.segment)
-    connection.execute(table.update().where(here).values(bytes=table.c.bytes + size))
+    if entry.head:
+        count_waste(connection, {(entry.log, entry.after.segment): entry.after.offset - entry.since})
+    else:
+        insert_new(connection, tables.unwanted, [{"location": found["location"], "object": found, "instead": kept}])
+
+
+def count_waste(connection: sa.Connection, sizes: Mapping[tuple[str, int], int]) -> None:
+    """Count bytes of segments as not wanted."""
+    table = tables.segment_waste
+    insert_new(connection, table, [{"log": name, "segment": number, "bytes": 0} for name, number in sorted(sizes)])
+    for (name, number), size in sizes.items():
+        here = sa.and_(table.c.log == name, table.c.segment == number)
+        connection.execute(table.update().where(here).values(bytes=table.c.bytes + size))
 
 
 def new_instance(entry: journal.Entry, ref: ObjectRef, attributes: Mapping[str, str]) -> Instance:
@@ -251,7 +261,7 @@ def _insert(connection: sa.Connection, instance: Instance, state: str, reason: s
 def _ignored_event(connection: sa.Connection, fields: Mapping[str, Any], time: datetime, reason: str) -> Event:
     names = ("sop_instance_uid", "sop_class_uid", "calling_ae", "called_ae")
     return events.InstanceIgnored(
-        **_next_of_study(connection, fields["study_uid"], time),
+        **next_of_study(connection, fields["study_uid"], time),
         **{name: fields[name] for name in names},
         reason=reason,
     )
@@ -277,16 +287,15 @@ def stored_event(instance: Instance, sequence: int) -> events.InstanceStored:
 
 
 def _sequence_of(connection: sa.Connection, instance: Instance) -> int:
-    return int(_next_of_study(connection, instance.study_uid, instance.received)["sequence"])
+    return int(next_of_study(connection, instance.study_uid, instance.received)["sequence"])
 
 
-def _next_of_study(connection: sa.Connection, study_uid: str, time: datetime) -> dict[str, Any]:
-    """Count up the study's event sequence; give what every event carries."""
+def next_of_study(connection: sa.Connection, study_uid: str, time: datetime, *, came: bool = True) -> dict[str, Any]:
+    """Count up the study's event sequence, and note when something last `came`; give what every event carries."""
     table = tables.studies
+    noted = {"last_received": time.isoformat()} if came else {}
     moved = connection.execute(
-        table.update()
-        .where(table.c.study_uid == study_uid)
-        .values(sequence=table.c.sequence + 1, last_received=time.isoformat())
+        table.update().where(table.c.study_uid == study_uid).values(sequence=table.c.sequence + 1, **noted)
     )
     if moved.rowcount == 0:
         connection.execute(

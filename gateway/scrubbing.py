@@ -18,11 +18,11 @@ from clarion.model import ObjectRef
 from gateway import journal, tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from clarion.adapters.database import Database
-    from clarion.ports import ObjectStore
+    from clarion.ports import ObjectStore, ReceiptStore
 
 _ROWS = 500
 
@@ -123,19 +123,22 @@ def scrub(
     return found
 
 
-def repair(damaged: list[Damaged], folder: Path, store: ObjectStore) -> list[Damaged]:
+def repair(damaged: list[Damaged], folder: Path, store: ReceiptStore) -> list[Damaged]:
     """Look for whole copies in the journal and put them where readers look next."""
-    wanted = {one.object.ref.digest for one in damaged}
+    wanted: dict[str, list[ObjectRef]] = {}
+    for one in damaged:
+        wanted.setdefault(one.object.ref.digest, []).append(one.object.ref)
     repaired: set[str] = set()
     for name in journal.logs(folder):
         for number in journal.segments(folder / name):
-            repaired |= _repair_from(folder / name, number, wanted - repaired, store)
+            left = {digest: refs for digest, refs in wanted.items() if digest not in repaired}
+            repaired |= _repair_from(folder / name, number, left, store)
     return [
         Damaged(object=one.object, reason=one.reason, repaired=one.object.ref.digest in repaired) for one in damaged
     ]
 
 
-def _repair_from(folder: Path, number: int, wanted: set[str], store: ObjectStore) -> set[str]:
+def _repair_from(folder: Path, number: int, wanted: Mapping[str, list[ObjectRef]], store: ReceiptStore) -> set[str]:
     found: set[str] = set()
     if not wanted:
         return found
@@ -143,13 +146,19 @@ def _repair_from(folder: Path, number: int, wanted: set[str], store: ObjectStore
         size = segment_path(folder, number).stat().st_size
         file = journal.SegmentFile(folder, number)
     except FileNotFoundError:
-        return found  # freed meanwhile: what is wanted of it has been put under its digest
+        return found  # freed meanwhile: what is wanted of it has been restored
     with file:
         for entry in file.whole(0, size):
             digest = entry.fields["object"]["digest"] if entry.head else ""
-            if digest in wanted - found:
-                data = file.data(entry)
-                if agrees(data, digest):
-                    store.put(data)
-                    found.add(digest)
+            if digest in wanted and digest not in found and _restore(wanted[digest], file.data(entry), store):
+                found.add(digest)
     return found
+
+
+def _restore(refs: list[ObjectRef], data: bytes, store: ReceiptStore) -> bool:
+    """Put data where some references to it are read, if it is whole; tell whether it was."""
+    if not agrees(data, refs[0].digest):
+        return False
+    for ref in refs:
+        store.restore(ref, data)
+    return True

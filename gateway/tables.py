@@ -1,7 +1,7 @@
 """The gateway's tables. No other stage reads them; the console does through `gateway.queries`.
 
 received = grouped + ignored + quarantined, per study: `instances` holds the first two and conflicts, `ignored` those
-whose SOP Class is not kept at all, `quarantine` the third.
+whose SOP Class is not kept at all, `quarantine` the third; `removals` counts what retention has taken of either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from clarion.adapters.database import BIG, TEXT
 from clarion.adapters.schema import Schema
 
-SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0004")
+SCHEMA = Schema(stage="gateway", folder=Path(__file__).parent / "migrations", head="0005")
 
 metadata = sa.MetaData()
 
@@ -44,6 +44,11 @@ instances = sa.Table(
     sa.Column("state", TEXT, nullable=False),
     sa.Column("reason", TEXT, nullable=False, default=""),
     sa.Column("conflicted", sa.Boolean, nullable=False, default=False),
+    # What is kept by how long ago it came, and by nothing else: few of all.
+    *(
+        sa.Index(name, "received", sqlite_where=sa.text(only), postgresql_where=sa.text(only))
+        for name, only in (("instances_ignored", "state = 'ignored'"), ("instances_conflicted", "conflicted"))
+    ),
 )
 
 quarantine = sa.Table(
@@ -59,6 +64,7 @@ quarantine = sa.Table(
     sa.Column("received", TEXT, nullable=False),
     sa.Column("reason", TEXT, nullable=False),
     sa.Column("object", sa.JSON, nullable=True),
+    sa.Index("quarantine_received", "received"),
 )
 
 ignored = sa.Table(
@@ -87,8 +93,11 @@ groups = sa.Table(
     sa.Column("opened", TEXT, nullable=False),
     sa.Column("last_received", TEXT, nullable=False),
     sa.Column("closed", TEXT, nullable=True),
+    # When its rule is asked again; of a group that has ended, when its retention is looked at again.
     sa.Column("check_at", TEXT, nullable=False),
     sa.Column("reason", TEXT, nullable=False, default=""),
+    # By whom and why it is no longer kept for jobs that failed or were never requested; empty when it is.
+    sa.Column("released", TEXT, nullable=False, default=""),
     sa.UniqueConstraint("called_ae", "rule", "key", "epoch"),
     sa.Index("groups_due", "state", "check_at"),
 )
@@ -119,6 +128,40 @@ revisions = sa.Table(
     sa.Column("manifest_digest", TEXT, nullable=False),
     sa.Column("instances", sa.Integer, nullable=False),
     sa.Column("closed", TEXT, nullable=False),
+    # How many pipelines it triggered; None while that is not known of one that an older version closed.
+    sa.Column("pipelines", sa.Integer, nullable=True),
+)
+
+# The jobs on groups, as their events told; what is not known yet of the group is empty.
+group_jobs = sa.Table(
+    "group_jobs",
+    metadata,
+    sa.Column("job_id", TEXT, primary_key=True),
+    sa.Column("group_id", TEXT, nullable=False, index=True),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("pipeline_id", TEXT, nullable=False),
+    sa.Column("state", TEXT, nullable=False),
+    sa.Column("changed", TEXT, nullable=False),
+)
+
+# What retention has removed of a study: how many that were grouped, ignored or quarantined.
+removals = sa.Table(
+    "removals",
+    metadata,
+    sa.Column("study_uid", TEXT, primary_key=True),
+    sa.Column("state", TEXT, primary_key=True),
+    sa.Column("instances", sa.Integer, nullable=False),
+    sa.Column("bytes", BIG, nullable=False),
+)
+
+# Objects to which no row refers any more, until their bytes are gone. Of a duplicate, `instead` is the copy that is
+# kept: should that be damaged, the duplicate takes its place.
+unwanted = sa.Table(
+    "unwanted_objects",
+    metadata,
+    sa.Column("location", TEXT, primary_key=True),
+    sa.Column("object", sa.JSON, nullable=False),
+    sa.Column("instead", sa.JSON, nullable=True),
 )
 
 journal_positions = sa.Table(

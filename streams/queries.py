@@ -55,6 +55,8 @@ def state_of(story: Iterable[Line]) -> str:
     passed: set[str] = set()
     last = "Received"
     for line in story:
+        if line.state == "Removed":
+            continue  # what became of the study does not change by what is kept of it
         last = line.state
         if line.kind.startswith(("job.", "delivery.", "result.", "group.")):
             latest[line.subject] = line.state

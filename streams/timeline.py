@@ -54,6 +54,9 @@ def _study_line(event: Event) -> _Line | None:
             text = f"{event.calling_ae} → {event.called_ae}: {event.stored} instances stored"
             text += f", {event.refused} refused" if event.refused else ""
             return _Line("Received", f"{text} (association {event.reason})", (event.subject,))
+        case events.InstancesRemoved():
+            text = f"{event.instances} instances removed: {event.reason}"
+            return _Line("Removed", text, (event.subject,))
     return None
 
 
@@ -75,6 +78,8 @@ def _group_line(event: Event) -> _Line | None:
             return _Line("Failed", text, event.studies)
         case events.GroupDiscarded():
             return _Line("Ignored", f"Group given up: {event.reason}; its instances are kept", event.studies)
+        case events.GroupReleased():
+            return _Line("Removed", f"No longer kept for its jobs: {event.by}: {event.reason}", event.studies)
     return None
 
 

@@ -1,9 +1,12 @@
 """The object store on the local disk: files under their digest, and ranges of the journal's segments.
 
 A file is written beside, synced, moved into place and the folder synced, in that order, so that a name in place always
-names whole bytes, also after a power cut. A range of a segment is an instance that lies in the journal record that
-acknowledged it; when the segment is given up, what is still wanted of it is first put under its digest, where every
-old reference then finds it.
+names whole bytes, also after a power cut.
+
+What we make is put under its digest, and whoever makes it again shares it. What is received is not shared: every
+receipt has bytes of its own, in the range of a segment that acknowledged it or in a file whose name is not used again.
+So a receipt can be removed while the same data set is being received once more. When a segment is given up, what is
+still wanted of it is first restored: put into a file named by its place, where every old reference then finds it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import re
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING
 
 from clarion.adapters.files import make_folder, sync_folder
@@ -24,13 +28,14 @@ from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from typing_extensions import Buffer
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 _SEGMENT = re.compile(r"segment:(\w+)/(\d+)/(\d+)")
+_RECEIVED = re.compile(r"received:([0-9a-f]{32})")
 
 
 def segment_path(folder: Path, number: int) -> Path:
@@ -54,6 +59,12 @@ def unavailable(error: OSError) -> StoreUnavailableError:
     return StoreUnavailableError(f"the object store is {kind}: {error.strerror}")
 
 
+def segment_of(ref: ObjectRef) -> tuple[str, int] | None:
+    """Give the log and the number of the segment in which an object lies, or lay; None for another place."""
+    match = _SEGMENT.fullmatch(ref.location)
+    return None if match is None else (match.group(1), int(match.group(2)))
+
+
 class FileStore:
     """The object store as files under `root`, in 256 folders by digest, and the segments under `journal`."""
 
@@ -61,26 +72,34 @@ class FileStore:
         self._root = make_folder(root)
         self._journal = journal or root.parent / "journal"
         self._incoming = make_folder(root / "incoming")
-        for number in range(256):
-            (root / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
-        sync_folder(root)
+        self._received = make_folder(root / "received")
+        for folder in (root, self._received):
+            # Made in this order: where the last is, all are.
+            for number in range(0 if not (folder / "ff").exists() else 256, 256):
+                (folder / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+            sync_folder(folder)
 
     def put(self, data: bytes) -> ObjectRef:
         """Keep the data; durable on return."""
         digest = digest_of(data)
         ref = ObjectRef(location=f"file:{file_name(digest)}", digest=digest, size_bytes=len(data))
-        place = self._path(digest)
+        self.restore(ref, data)
+        return ref
+
+    def restore(self, ref: ObjectRef, data: bytes) -> None:
+        """Put the bytes of a reference where its readers look when they are not where they were; durable on return."""
+        place = self._own(ref)
         if self._is_there(place, data):
             # Whoever put it in place may not have come to syncing the folder.
             try:
                 sync_folder(place.parent)
             except OSError as error:
                 raise unavailable(error) from error
-            return ref
-        incoming = self.receive()
+            return
+        incoming = IncomingFile(self._incoming / uuid.uuid4().hex, lambda _: (place, ref.location))
         try:
             incoming.write(data)
-            return incoming.keep(digest)
+            incoming.keep(ref.digest)
         finally:
             incoming.abandon()
 
@@ -92,40 +111,81 @@ class FileStore:
             return False
 
     def receive(self) -> IncomingFile:
-        """Begin an object that is written piece by piece. Raises StoreUnavailableError."""
-        return IncomingFile(self._incoming / uuid.uuid4().hex, self._path)
+        """Begin a receipt that is written piece by piece. Raises StoreUnavailableError."""
+        name = uuid.uuid4().hex
+        return IncomingFile(self._incoming / name, lambda digest: (self._in_received(digest, name), f"received:{name}"))
+
+    def remove(self, refs: Iterable[ObjectRef]) -> None:
+        """Remove the files of receipts that nothing refers to any more; twice is harmless.
+
+        Not what was put under its digest, which others may share, and not what lies in a segment. Durable on return.
+        Raises StoreUnavailableError.
+        """
+        emptied = set()
+        try:
+            with effect("store.remove"):
+                for ref in refs:
+                    place = self._own(ref)
+                    if place.parent.parent == self._received and place.exists():
+                        place.unlink()
+                        emptied.add(place.parent)
+                for folder in emptied:
+                    sync_folder(folder)
+        except OSError as error:
+            raise unavailable(error) from error
+
+    def is_whole(self, ref: ObjectRef) -> bool:
+        """Tell whether an object can be read as it was, without taking it into memory."""
+        if _SEGMENT.fullmatch(ref.location) is not None:
+            return self._is_readable(ref)
+        for place in self._places(ref):
+            with (
+                contextlib.suppress(OSError, ValueError),
+                place.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
+            ):
+                if agrees(view, ref.digest):
+                    return True
+        return False
+
+    def _is_readable(self, ref: ObjectRef) -> bool:
+        try:
+            self.read(ref)
+        except (MissingObjectError, StoreUnavailableError):
+            return False
+        return True
 
     def read(self, ref: ObjectRef) -> bytes:
         """Give an object's bytes, compared with their digest."""
-        data, broken = None, None
-        try:
-            data = self._read_segment(ref)
-        except OSError as error:
-            broken = error  # there may be a second copy
-        try:
-            if data is None or not agrees(data, ref.digest):
-                data = self._path(ref.digest).read_bytes()
-        except FileNotFoundError as error:
-            if broken is not None:
-                raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {broken.strerror}") from broken
-            raise MissingObjectError(f"object {ref.digest[:23]} is not in the store") from error
-        except OSError as error:
-            raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {error.strerror}") from error
-        if not agrees(data, ref.digest):
+        broken, damaged = None, False
+        for reading in self._copies(ref):
+            try:
+                data = reading()
+            except OSError as error:
+                broken = error  # there may be a second copy
+                continue
+            if data is not None and agrees(data, ref.digest):
+                return data
+            damaged = damaged or data is not None
+        if broken is not None:
+            raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {broken.strerror}") from broken
+        if damaged:
             raise MissingObjectError(f"object {ref.digest[:23]} is damaged: its bytes have another digest")
-        return data
+        raise MissingObjectError(f"object {ref.digest[:23]} is not in the store")
 
     def read_head(self, ref: ObjectRef, count: int) -> bytes:
         """Give up to `count` bytes from the beginning, not compared with the digest. A range of a segment is small."""
         if _SEGMENT.fullmatch(ref.location) is not None:
             return self.read(ref)[:count]
-        try:
-            with self._path(ref.digest).open("rb", buffering=0) as file:
-                return file.read(count)
-        except FileNotFoundError as error:
-            raise MissingObjectError(f"object {ref.digest[:23]} is not in the store") from error
-        except OSError as error:
-            raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {error.strerror}") from error
+        for place in self._places(ref):
+            try:
+                with place.open("rb", buffering=0) as file:
+                    return file.read(count)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {error.strerror}") from error
+        raise MissingObjectError(f"object {ref.digest[:23]} is not in the store")
 
     def _read_segment(self, ref: ObjectRef) -> bytes | None:
         """Read a range of a segment; None when the object is no such range, or its segment is gone."""
@@ -147,15 +207,43 @@ class FileStore:
             path.unlink(missing_ok=True)
         return len(left)
 
+    def _copies(self, ref: ObjectRef) -> Iterator[Callable[[], bytes | None]]:
+        yield partial(self._read_segment, ref)
+        for place in self._places(ref):
+            yield partial(_read_file, place)
+
+    def _places(self, ref: ObjectRef) -> tuple[Path, ...]:
+        """Give the files that may have an object: its own, and that of its digest, where others may have put it."""
+        return tuple(dict.fromkeys((self._own(ref), self._path(ref.digest))))
+
+    def _own(self, ref: ObjectRef) -> Path:
+        """Give the file that is an object's alone; of a range of a segment, that to which it is restored."""
+        received, segment = _RECEIVED.fullmatch(ref.location), _SEGMENT.fullmatch(ref.location)
+        if received is not None:
+            return self._in_received(ref.digest, received.group(1))
+        if segment is not None:
+            return self._in_received(ref.digest, "-".join(segment.groups()))
+        return self._path(ref.digest)
+
+    def _in_received(self, digest: str, name: str) -> Path:
+        return self._received / file_name(digest)[:2] / name
+
     def _path(self, digest: str) -> Path:
         name = file_name(digest)
         return self._root / name[:2] / name
 
 
+def _read_file(place: Path) -> bytes | None:
+    try:
+        return place.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 class IncomingFile:
     """An object being written piece by piece. End it with `keep` or `abandon`; the latter may always follow."""
 
-    def __init__(self, path: Path, place: Callable[[str], Path]) -> None:
+    def __init__(self, path: Path, place: Callable[[str], tuple[Path, str]]) -> None:
         self._path = path
         self._place = place
         self.size = 0
@@ -181,8 +269,8 @@ class IncomingFile:
         return mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ)
 
     def keep(self, digest: str) -> ObjectRef:
-        """Put the object in place under its digest, durable on return. Raises StoreUnavailableError."""
-        place = self._place(digest)
+        """Put the object in place, durable on return. Raises StoreUnavailableError."""
+        place, location = self._place(digest)
         try:
             with effect("store.sync"):
                 os.fdatasync(self._file)
@@ -191,7 +279,7 @@ class IncomingFile:
                 sync_folder(place.parent)
         except OSError as error:
             raise unavailable(error) from error
-        return ObjectRef(location=f"file:{file_name(digest)}", digest=digest, size_bytes=self.size)
+        return ObjectRef(location=location, digest=digest, size_bytes=self.size)
 
     def abandon(self) -> None:
         """Close the file, and remove what was not kept."""

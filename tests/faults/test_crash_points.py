@@ -35,8 +35,10 @@ from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
 from gateway import tables
 from gateway.answers import CommitmentAnswers, judge
+from gateway.jobs import GroupJobs
 from gateway.outages import Outages
 from gateway.outbound import Delivery, Outbound
+from gateway.removal_plan import release
 from gateway.requests import DeliveryRequests, SupersededJobs
 from orchestrator.ledger import Job, Ledger
 from orchestrator.ledger import jobs as jobs_table
@@ -51,7 +53,10 @@ ONLY_ON_FAILURE = {
     "commitment.settle",
     # Those of replays have a campaign of their own (test_replay_crash.py).
     "ledger.retry", "delivery.replay", "replay.plan", "replay.state", "replay.order", "replay.settle",
-    # And so have compaction and preparing (test_compaction.py), and writing past the page cache (test_past_cache.py).
+    # And so have retention (test_retention.py),
+    "store.remove", "retention.groups", "retention.group", "retention.old", "retention.dropped",
+    "retention.job", "retention.release",
+    # compaction and preparing (test_compaction.py), and writing past the page cache (test_past_cache.py).
     "segment.forget", "segment.free", "segment.prepare", "segment.zeros", "segment.zerossynced", "journal.writeblocks",
 }  # fmt: skip
 POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
@@ -180,6 +185,15 @@ class Ledgers:
         with self.database.transaction() as connection:
             connection.execute(tables.commitment_answers.insert(), [judge(connection, asked, MOMENT)])
 
+    def end_group(self) -> None:
+        """As if a group had been closed."""
+        ended = {
+            "group_id": "g", "called_ae": "A", "rule": "r", "key": "k", "epoch": 0, "state": "closed", "revision": 1,
+            "sequence": 1, "opened": "t", "last_received": "t", "closed": "t", "check_at": "t",
+        }  # fmt: skip
+        with self.database.transaction() as connection:
+            connection.execute(tables.groups.insert().values(**ended))
+
     def answers(self) -> CommitmentAnswers:
         return CommitmentAnswers(self.database, GatewayConfig(), ManualClock(MOMENT))
 
@@ -209,6 +223,8 @@ class Ledgers:
                     tables.commitments,
                     tables.outages,
                     tables.superseded_jobs,
+                    tables.groups,
+                    tables.group_jobs,
                     jobs_table,
                     dead_letters,
                 )
@@ -264,6 +280,16 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
             {"delivery": DeliveryRequests(one.database, one.store)},
             lambda letter: find_record(one.database, letter.subject, letter.event_id),
         ),
+    ),
+    "retention.job": (
+        lambda _: None,
+        lambda one: GroupJobs(one.database).handle(
+            JobSuperseded(subject="j", sequence=9, time=MOMENT, source="t", by="k")
+        ),
+    ),
+    "retention.release": (
+        lambda one: one.end_group(),
+        lambda one: release(one.database, "g", by="me", reason="why", now=MOMENT),
     ),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from support.postgres import url_in
 from support.raw import CT, EXPLICIT, data_set
 
 from clarion.adapters.database import Database
@@ -18,12 +20,19 @@ from clarion.testing.suites import MOMENT
 from console.schema import create_tables
 from gateway import journal_writer, tables
 from gateway.grouping import Grouping
+from gateway.intake import COLLECTED_BYTES
 from gateway.journal_writer import JournalWriter
 from gateway.registry import load_registry
+from gateway.retention import Policy
 
 SIZE = 2000
 PER_SEGMENT = 10
-CONFIG = GatewayConfig.model_validate({"ae_titles": [{"ae_title": "B", "settings": {"pipeline-p": "p"}}]})
+CONFIG = GatewayConfig.model_validate({
+    "ae_titles": [
+        {"ae_title": "B", "settings": {"pipeline-p": "p"}},
+        {"ae_title": "OTHER", "settings": {"pipeline-q": "q"}},
+    ]
+})  # fmt: skip
 
 
 class Receiving:
@@ -34,25 +43,36 @@ class Receiving:
         self.clock = ManualClock(MOMENT)
         self.writer = JournalWriter(self.folder, self.clock)
         self.wanted: dict[str, bytes] = {}
-        create_tables(Database(f"sqlite:///{root / 'clarion.db'}"))
+        self.policy = Policy()
+        self.database = Database(url_in(root))
+        create_tables(self.database)
 
-    def receive(self, uid: str) -> None:
-        data = data_set(uid, SIZE)
+    def receive(self, uid: str, size: int = SIZE, *, called_ae: str = "B", kind: str = "stored") -> bytes:
+        """Write what a worker writes: a large data set in a file of its own, a small one in its record."""
+        data = data_set(uid, size)
         fields = {
             "sop_class_uid": CT, "sop_instance_uid": uid, "transfer_syntax_uid": EXPLICIT, "calling_ae": "A",
-            "called_ae": "B", "association": "a", "study_uid": "1.2.9", "series_uid": "1.2.9.1",
-            "object": {"digest": digest_of(data)},
+            "called_ae": called_ae, "association": "a", "study_uid": "1.2.9", "series_uid": "1.2.9.1",
+            **({"reason": "truncated"} if kind == "quarantined" else {}),
         }  # fmt: skip
-        self.writer.append("stored", fields, data)
+        if size > COLLECTED_BYTES:
+            file = self.store.receive()
+            file.write(data)
+            self.writer.append(kind, {**fields, "object": asdict(file.keep(digest_of(data)))})
+            file.abandon()
+        else:
+            self.writer.append(kind, {**fields, "object": {"digest": digest_of(data)}}, data)
         self.wanted[uid] = data
+        return data
 
     def owner(self) -> Grouping:
         return Grouping(
             journal_folder=self.root / "journal",
-            database=Database(f"sqlite:///{self.root / 'clarion.db'}"),
+            database=Database(url_in(self.root)),
             store=self.store,
             clock=self.clock,
             registry=load_registry(CONFIG),
+            policy=self.policy,
         )
 
     @property
@@ -68,8 +88,7 @@ class Receiving:
 
     def judge(self) -> None:
         """Everything that was acknowledged is there, byte for byte, under the reference that its row has."""
-        database = Database(f"sqlite:///{self.root / 'clarion.db'}")
-        with database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(sa.select(tables.instances)).all()
         found = {one.sop_instance_uid: self.store.read(ObjectRef(**one.object)) for one in rows}
         assert found == self.wanted

@@ -20,7 +20,8 @@ _ROW = re.compile(r"^\| `([^`]+)` \|.*\| ([^|]*) \|$", re.MULTILINE)
 SECTIONS = (
     ("Receiving associations", "gateway.scp"), ("Receiving by STOW-RS", "gateway.stow"),
     ("Called AE titles", "gateway.ae_titles"), ("Who may send", "gateway.sources"),
-    ("Room on the disk", "gateway.intake"), ("Destinations", "gateway.destinations"),
+    ("Room on the disk, and for how long", "gateway.intake"), ("Quarantine", "gateway.quarantine"),
+    ("Destinations", "gateway.destinations"),
     ("Delivering", "gateway.scu"), ("Delivering", "gateway.delivery"),
     ("Pipelines", "pipelines"), ("Jobs", "orchestrator"), ("The web page", "console"), ("Events", "bus"),
     ("Files, database, log", ""),

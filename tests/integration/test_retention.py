@@ -1,0 +1,409 @@
+"""Received instances are kept until they need not be, then they go whole: rows, counts, events, bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from support.receiving import PER_SEGMENT, SIZE, Receiving
+
+from clarion import crashpoints, events
+from clarion.adapters.outbox import events_table
+from clarion.errors import ConfigError, MissingObjectError
+from clarion.model import ObjectRef
+from clarion.testing.suites import MOMENT
+from gateway import groups, tables
+from gateway.groups import REMOVED
+from gateway.jobs import GroupJobs
+from gateway.queries import list_studies
+from gateway.removal_plan import plan, release
+from gateway.retention import Policy
+
+# Where the statements matter, on either database.
+on_both = pytest.mark.usefixtures("each_database")
+LARGE = 1_500_000
+WEEK, DAY, MINUTE = timedelta(days=7), timedelta(days=1), timedelta(minutes=1)
+NOWHERE = ObjectRef(location="memory:0", digest="0", size_bytes=0)
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Receiving:
+    return Receiving(tmp_path, monkeypatch)
+
+
+def files(rig: Receiving) -> list[str]:
+    """The files that receipts have of their own."""
+    return sorted(one.name for one in (rig.root / "objects" / "received").rglob("*") if one.is_file())
+
+
+def rows(rig: Receiving, table: sa.Table) -> list[Any]:
+    with rig.database.reading() as connection:
+        return list(connection.execute(sa.select(table)).all())
+
+
+def close(rig: Receiving) -> str:
+    """Let the groups close; give the id of the last."""
+    rig.settle()
+    rig.clock.advance(MINUTE)
+    rig.settle()
+    found = rows(rig, tables.groups)
+    assert {one.state for one in found} <= {"closed", REMOVED}
+    return str(max(found, key=lambda one: one.epoch).group_id)
+
+
+def request(group_id: str, job_id: str = "j", *, pipeline: str = "p", revision: int = 1) -> events.JobRequested:
+    return events.JobRequested(
+        subject=job_id, sequence=1, time=MOMENT, source="streams", name="n", pipeline_id=pipeline, definition=NOWHERE,
+        group_id=group_id, revision=revision, manifest=NOWHERE, priority="normal", destinations=(), studies=("1.2.9",),
+    )  # fmt: skip
+
+
+def ended(rig: Receiving, job_id: str = "j") -> events.JobSucceeded:
+    return events.JobSucceeded(
+        subject=job_id, sequence=3, time=rig.clock.now(), source="orchestrator", attempt=1, results=1
+    )
+
+
+def failed(rig: Receiving, job_id: str = "j") -> events.JobFailed:
+    return events.JobFailed(
+        subject=job_id, sequence=3, time=rig.clock.now(), source="orchestrator", attempt=1, cause="operator",
+        operator="o", reason="why",
+    )  # fmt: skip
+
+
+def say(rig: Receiving, *said: events.Event) -> None:
+    """Tell the gateway of jobs; each twice, as a bus may."""
+    for event in said:
+        for _ in range(2):
+            assert list(GroupJobs(rig.database).handle(event)) == []
+
+
+def days_go_by(rig: Receiving, days: float) -> None:
+    """The owner looks once a day, and has nothing else to do."""
+    until, owner = rig.clock.now() + timedelta(days=days), rig.owner()
+    while rig.clock.now() < until:
+        rig.clock.advance(min(timedelta(days=1), until - rig.clock.now()))
+        for _ in range(100):
+            if not owner.step():
+                break
+        else:
+            raise AssertionError("it never came to rest")
+
+
+@on_both
+def test_a_week_after_its_job_a_group_goes_whole(rig: Receiving) -> None:
+    """Bites: count from the closing of the group; leave its bytes, or what it counts for in its study."""
+    for number in range(3 * PER_SEGMENT):
+        rig.receive(f"1.2.{number}")
+    rig.receive("1.2.100", LARGE)
+    group_id = close(rig)
+    say(rig, request(group_id))
+    days_go_by(rig, 2)
+    say(rig, ended(rig))
+    days_go_by(rig, 6.9)
+    rig.judge()
+    before = list_studies(rig.database)[0]
+    assert (before.received, before.grouped, before.removed) == (31, 31, 0)
+    (due,) = plan(rig.database, Policy(), rig.clock.now() + DAY).groups
+    assert (due.instances, due.group_id) == (31, group_id)
+    days_go_by(rig, 0.2)
+    assert rows(rig, tables.instances) == rows(rig, tables.members) == rows(rig, tables.unwanted) == []
+    assert files(rig) == []
+    assert len(rig.freed()) >= 2, "the segments that it lay in can be written over"
+    assert [one.state for one in rows(rig, tables.groups)] == [REMOVED]
+    after = list_studies(rig.database)[0]
+    assert (after.received, after.grouped, after.removed) == (31, 31, 31)
+    assert after.last_received == before.last_received
+    said = [one for one in rows(rig, events_table) if one.kind == "instance.removed.v1"]
+    assert len(said) == 1
+    gone = sum(one.bytes for one in rows(rig, tables.removals))
+    assert gone == due.size_bytes == sum(map(len, rig.wanted.values())), "what was planned is what went"
+
+
+@pytest.mark.parametrize(
+    ("told", "held_by"),
+    [
+        (lambda _, __: (), "has not been requested"),
+        (lambda rig, group: (request(group, revision=9), ended(rig)), "has not been requested"),
+        (lambda _, group: (request(group, pipeline="else"), request(group, "k", pipeline="else")), "has not ended"),
+        (lambda _, group: (request(group),), "has not ended"),
+        (lambda rig, group: (request(group), failed(rig)), "failed"),
+        (lambda rig, group: (failed(rig), request(group)), "failed"),
+        (
+            lambda rig, group: (
+                request(group),
+                failed(rig),
+                events.JobRetried(subject="j", sequence=4, time=MOMENT, source="orchestrator", replay="r"),
+            ),
+            "has not ended",
+        ),
+    ],
+)  # fmt: skip
+def test_nothing_goes_because_something_failed(
+    rig: Receiving, told: Callable[[Receiving, str], tuple[events.Event, ...]], held_by: str
+) -> None:
+    """Bites: take a job that nobody has asked for yet, that runs or that failed for one that has ended."""
+    rig.receive("1.2.1")
+    group_id = close(rig)
+    say(rig, *told(rig, group_id))
+    days_go_by(rig, 40)
+    rig.judge()
+    found = plan(rig.database, Policy(), rig.clock.now() + timedelta(days=400))
+    assert found.groups == ()
+    (held,) = found.held
+    assert held_by in held.reason
+    say(rig, request(group_id), ended(rig), ended(rig, "k"))
+    days_go_by(rig, 7.5)
+    assert rows(rig, tables.instances) == []
+
+
+@on_both
+def test_a_person_lets_a_group_go_whose_job_failed(rig: Receiving) -> None:
+    rig.receive("1.2.1")
+    group_id = close(rig)
+    say(rig, request(group_id), failed(rig))
+    days_go_by(rig, 8)
+    rig.judge()
+    with pytest.raises(ConfigError, match="no group"):
+        release(rig.database, "nobody", by="me", reason="why", now=rig.clock.now())
+    for _ in range(2):
+        release(rig.database, group_id, by="me", reason="why", now=rig.clock.now())
+    assert len([one for one in rows(rig, events_table) if one.kind == "group.released.v1"]) == 1
+    (due,) = plan(rig.database, Policy(), rig.clock.now()).groups
+    assert due.reason == "released by me: why"
+    days_go_by(rig, 0.1)
+    assert rows(rig, tables.instances) == []
+
+
+def test_a_group_whose_rule_failed_until_it_was_given_up_is_held(
+    rig: Receiving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bites: take it for one that its rule discarded."""
+    rig.receive("1.2.1")
+    rig.settle()
+
+    def fails(*_: object) -> None:
+        raise ValueError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rules.by_tag.ByTag.is_complete", fails)
+        days_go_by(rig, 9)
+    assert [one.state for one in rows(rig, tables.groups)] == ["discarded"]
+    days_go_by(rig, 30)
+    rig.judge()
+    (held,) = plan(rig.database, Policy(), rig.clock.now()).held
+    assert held.reason == "it was given up: rule-failed for 7 days"
+    release(rig.database, held.group_id, by="me", reason="why", now=rig.clock.now())
+    days_go_by(rig, 0.5)
+    assert rows(rig, tables.instances) == []
+
+
+def test_a_site_may_let_what_failed_go_by_itself(rig: Receiving) -> None:
+    rig.policy = Policy(failed=timedelta(days=30))
+    rig.receive("1.2.1")
+    say(rig, request(close(rig)), failed(rig))
+    days_go_by(rig, 29)
+    rig.judge()
+    days_go_by(rig, 2)
+    assert rows(rig, tables.instances) == []
+
+
+@on_both
+def test_an_instance_that_is_in_another_group_as_well_stays_for_that(rig: Receiving) -> None:
+    """Bites: look at one group alone."""
+    rig.receive("1.2.1")
+    rig.receive("1.2.2")
+    first = close(rig)
+    say(rig, request(first), ended(rig))
+    days_go_by(rig, 3)
+    rig.receive("1.2.1", called_ae="OTHER")
+    rig.settle()
+    rig.clock.advance(MINUTE)
+    rig.settle()
+    days_go_by(rig, 5)
+    assert [one.sop_instance_uid for one in rows(rig, tables.instances)] == ["1.2.1"]
+    del rig.wanted["1.2.2"]
+    rig.judge()
+    (second,) = [one.group_id for one in rows(rig, tables.groups) if one.called_ae == "OTHER"]
+    say(rig, request(second, "k", pipeline="q"), ended(rig, "k"))
+    days_go_by(rig, 8)
+    assert rows(rig, tables.instances) == []
+
+
+def test_what_comes_again_after_its_removal_is_new(rig: Receiving) -> None:
+    """Bites: put it into the group that has been emptied, and no job ever sees it."""
+    data = rig.receive("1.2.1", LARGE)
+    first = close(rig)
+    say(rig, request(first), ended(rig))
+    days_go_by(rig, 8)
+    assert files(rig) == []
+    rig.receive("1.2.1", LARGE)
+    second = close(rig)
+    assert first != second
+    rig.judge()
+    (row,) = rows(rig, tables.instances)
+    assert rig.store.read(ObjectRef(**row.object)) == data
+    study = list_studies(rig.database)[0]
+    assert (study.received, study.removed) == (2, 1)
+
+
+def test_received_again_while_it_is_removed_nothing_is_lost(rig: Receiving) -> None:
+    """Bites: name the file of a large instance by its digest: what was acknowledged a moment ago goes with the old."""
+    data = rig.receive("1.2.1", LARGE)
+    say(rig, request(close(rig)), ended(rig))
+    owner = rig.owner()
+    rig.clock.advance(WEEK + DAY)
+    while rows(rig, tables.instances):
+        assert owner.step()
+    assert rows(rig, tables.unwanted), "its row is gone, its bytes are not"
+    rig.receive("1.2.1", LARGE)
+    assert len(files(rig)) == 2
+    rig.settle()
+    assert len(files(rig)) == 1
+    (row,) = rows(rig, tables.instances)
+    assert rig.store.read(ObjectRef(**row.object)) == data
+
+
+@on_both
+def test_the_file_of_a_duplicate_goes_at_once_and_repairs_the_first_if_need_be(rig: Receiving) -> None:
+    """Bites: keep both; throw the second away unseen."""
+    data = rig.receive("1.2.1", LARGE)
+    rig.settle()
+    (first,) = files(rig)
+    rig.receive("1.2.1", LARGE)
+    rig.settle()
+    assert files(rig) == [first]
+    (path,) = [one for one in (rig.root / "objects" / "received").rglob("*") if one.is_file()]
+    path.write_bytes(data[:-1] + b"\xff")
+    with pytest.raises(MissingObjectError):
+        rig.judge()
+    rig.receive("1.2.1", LARGE)
+    rig.settle()
+    rig.judge()
+    assert files(rig) == [first]
+
+
+@on_both
+def test_what_no_rule_takes_and_what_is_set_aside_have_their_own_time(rig: Receiving) -> None:
+    rig.receive("1.2.1", called_ae="NOBODY")
+    rig.receive("1.2.2", LARGE, kind="quarantined")
+    rig.settle()
+    (ignored,) = rows(rig, tables.instances)
+    assert ignored.state == "ignored"
+    assert plan(rig.database, Policy(), rig.clock.now() + timedelta(days=6)).loose == ()
+    loose = plan(rig.database, Policy(), rig.clock.now() + timedelta(days=91)).loose
+    assert [(one.reason, one.instances) for one in loose] == [("ignored-retention", 1), ("quarantine-retention", 1)]
+    days_go_by(rig, 6.9)
+    assert len(rows(rig, tables.instances)) == 1
+    days_go_by(rig, 1)
+    assert rows(rig, tables.instances) == []
+    days_go_by(rig, 81)
+    assert len(files(rig)) == len(rows(rig, tables.quarantine)) == 1
+    days_go_by(rig, 2)
+    assert files(rig) == rows(rig, tables.quarantine) == []
+    study = list_studies(rig.database)[0]
+    assert (study.received, study.ignored, study.quarantined, study.removed) == (2, 1, 1, 2)
+
+
+@on_both
+def test_what_conflicts_is_kept_when_its_group_goes(rig: Receiving) -> None:
+    rig.receive("1.2.1")
+    rig.receive("1.2.2")
+    rig.receive("1.2.1", SIZE + 2)
+    say(rig, request(close(rig)), ended(rig))
+    days_go_by(rig, 9)
+    assert sorted(one.sop_instance_uid for one in rows(rig, tables.instances)) == ["1.2.1", "1.2.1"]
+    assert rows(rig, tables.members) == []
+    days_go_by(rig, 82)
+    assert rows(rig, tables.instances) == []
+    study = list_studies(rig.database)[0]
+    assert (study.received, study.grouped, study.removed) == (3, 3, 3)
+
+
+@on_both
+def test_a_large_group_goes_in_pieces_also_while_records_never_cease(
+    rig: Receiving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bites: remove only when there is nothing else to do."""
+    monkeypatch.setattr("gateway.removal._ROWS", 7)
+    monkeypatch.setattr("gateway.grouping._TIDY_S", 0.0)
+    for number in range(40):
+        rig.receive(f"1.2.{number}")
+    say(rig, request(close(rig)), ended(rig))
+    rig.clock.advance(WEEK + DAY)
+    owner, steps = rig.owner(), 0
+    while any(one.sop_instance_uid.startswith("1.2.") for one in rows(rig, tables.instances)):
+        rig.receive(f"1.3.{steps}")
+        owner.step()
+        steps += 1
+        assert steps < 100
+    assert steps > 40 // 7
+    rig.settle()
+    rig.wanted = {uid: data for uid, data in rig.wanted.items() if uid.startswith("1.3.")}
+    rig.judge()
+
+
+def test_a_group_of_an_older_version_is_held_until_its_event_was_read(rig: Receiving) -> None:
+    """Bites: take what is not known for none."""
+    rig.receive("1.2.1")
+    group_id = close(rig)
+    with rig.database.transaction() as connection:
+        connection.execute(tables.revisions.update().values(pipelines=None))
+    days_go_by(rig, 9)
+    rig.judge()
+    with rig.database.reading() as connection:
+        studies = groups.studies_of(connection, group_id)
+    closed = events.GroupClosed(
+        subject=group_id, sequence=2, time=MOMENT, source="gateway", rule="by-tag", called_ae="B", revision=1,
+        instances=1, manifest=NOWHERE, reason="", triggers=(), studies=studies,
+    )  # fmt: skip
+    say(rig, closed)
+    days_go_by(rig, 0.5)
+    assert rows(rig, tables.instances) == []
+
+
+POINTS = [
+    f"{side}:{name}{count}"
+    for name in ("retention.groups", "retention.group", "retention.old", "store.remove", "retention.dropped")
+    for side in ("before", "after")
+    for count in ("", "#2")
+    if not (count and name == "retention.groups")
+]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_each_step_it_is_finished_by_the_next(
+    rig: Receiving, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bites: remove the bytes and then the row; count in a transaction of its own."""
+    monkeypatch.setattr("gateway.removal._ROWS", 4)
+    for number in range(6):
+        rig.receive(f"1.2.{number}", LARGE if number % 3 == 0 else SIZE)
+        rig.receive(f"1.3.{number}", called_ae="NOBODY")
+    say(rig, request(close(rig)), ended(rig))
+    rig.receive("1.4.1", LARGE, called_ae="OTHER")
+    rig.settle()
+    rig.clock.advance(WEEK + DAY)
+    rig.receive("1.4.1", LARGE, called_ae="OTHER")
+    rig.database.close()
+    pid = os.fork()
+    if pid == 0:
+        crashpoints.arm(point)
+        rig.settle()
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), "the point was not reached"
+    rig.settle()
+    rig.wanted = {"1.4.1": rig.wanted["1.4.1"]}
+    rig.judge()
+    assert len(files(rig)) == 1
+    assert rows(rig, tables.unwanted) == []
+    study = list_studies(rig.database)[0]
+    assert (study.received, study.removed, study.grouped, study.ignored) == (13, 12, 7, 6)
+    said = [one for one in rows(rig, events_table) if one.kind == "instance.removed.v1"]
+    assert len(said) == len({one.sequence for one in said}) == 4
