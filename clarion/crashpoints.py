@@ -38,6 +38,7 @@ EFFECTS = (
     "retention.dropped",
     "retention.job",
     "retention.release",
+    "retention.hold",
     "grouping.manifest",
     "grouping.commit",
     "grouping.close",

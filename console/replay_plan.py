@@ -19,6 +19,7 @@ from clarion.codec import decode
 from clarion.errors import ConfigError, PermanentError
 from clarion.model import ResultSet, derive_delivery_id, derive_job_id
 from console.selection import Selection, choose_studies
+from gateway.holds import hold
 from gateway.queries import list_deliveries
 from gateway.registry import load_registry
 from gateway.selecting import decide_again
@@ -72,7 +73,10 @@ def make_plan(app: App, request: PlanRequest) -> str:
         destinations=request.destinations,
         limits=request.limits,
     )
-    return save_plan(app.database, header, Planner(app, request, now).items())
+    planner = Planner(app, request, now)
+    replay_id = save_plan(app.database, header, planner.items())
+    hold(app.database, replay_id, sorted(planner.needed))
+    return replay_id
 
 
 def _check(app: App, request: PlanRequest) -> None:
@@ -106,6 +110,8 @@ class Planner:
         self._match = Match(Match.Config(pipelines=app.pipelines()))
         self._minutes = mean_minutes(app.database)
         self._registry = load_registry(app.checked.config.gateway) if request.mode == "decide" else {}
+        # Groups whose instances the plan needs.
+        self.needed: set[str] = set()
         # Groups of several studies that were looked at; those of one study come only once.
         self._seen: set[str] = set()
 
@@ -133,7 +139,9 @@ class Planner:
                     continue
                 if len(found[1].studies) > 1:
                     self._seen.add(group.group_id)
-                work = _Work(study.study_uid, found[0], found[1], jobs.get(group.group_id, []), deliveries)
+                work = _Work(
+                    study.study_uid, found[0], found[1], jobs.get(group.group_id, []), deliveries, group.removed
+                )
                 yield from self._group(work)
 
     def _deliveries(self, job_ids: list[str]) -> dict[str, DeliveryRow]:
@@ -145,7 +153,7 @@ class Planner:
     def _group(self, work: _Work) -> Iterator[Item]:
         mode = self._request.mode
         if mode == "decide":
-            yield self._decide(work)
+            yield self._gone(work) if work.removed else self._decide(work)
             return
         if mode == "send":
             for job in work.jobs:
@@ -196,6 +204,9 @@ class Planner:
     def _failed(self, work: _Work, wanted: events.JobRequested, job: GroupJob) -> Item:
         if job.job_id != wanted.subject:
             return self._request_job(work, wanted, f"failed ({job.cause}) with another version of the pipeline")
+        if work.removed:
+            return self._gone(work, job.pipeline_id)
+        self.needed.add(job.group_id)
         order = {"action": "retry", "job_id": job.job_id, "destinations": list(self._request.destinations),
                  "result_set": None, "set_digest": "", "instances": 0}  # fmt: skip
         return self._item(
@@ -221,6 +232,9 @@ class Planner:
         return self._job_item(work, forced, "rerun", f"forced; attempt class {attempt_class}")
 
     def _job_item(self, work: _Work, event: events.JobRequested, action: str, reason: str) -> Item:
+        if work.removed:
+            return self._gone(work, event.pipeline_id)
+        self.needed.add(event.group_id)
         event = replace(event, priority=_PRIORITY, time=self._now)
         return self._item(
             work,
@@ -284,6 +298,9 @@ class Planner:
         action = "decide" if found else SKIP
         return self._item(work, action=action, reason="; ".join(found) or "would be decided as it was")
 
+    def _gone(self, work: _Work, pipeline_id: str = "") -> Item:
+        return self._item(work, action=SKIP, reason="its instances were removed by retention", pipeline_id=pipeline_id)
+
     def _skip(self, work: _Work, job: GroupJob, reason: str, *, destination: str = "") -> Item:
         return self._item(
             work, action=SKIP, reason=reason, pipeline_id=job.pipeline_id, job_id=job.job_id, destination=destination
@@ -303,6 +320,8 @@ class _Work:
     closed: events.GroupClosed
     jobs: list[GroupJob]
     deliveries: dict[str, DeliveryRow]
+    # Its instances are gone: what needs them cannot be done.
+    removed: bool
 
 
 def _why(delivery: DeliveryRow) -> str:

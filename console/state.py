@@ -112,8 +112,8 @@ def show_study(view: StudyView) -> None:
     screen.print(f"[bold]{view.state}[/]  {counts.study_uid}")
     screen.print(
         f"received {counts.received} = grouped {counts.grouped} + ignored {counts.ignored} + quarantined "
-        f"{counts.quarantined}; conflicted {counts.conflicted}; {counts.series} series; "
-        f"{counts.calling_ae} → {counts.called_ae}"
+        f"{counts.quarantined}; conflicted {counts.conflicted}; removed by retention {counts.removed}; "
+        f"{counts.series} series; {counts.calling_ae} → {counts.called_ae}"
     )
     for line in view.story:
         screen.print(f"  {line.time[11:23]}  [bold]{line.state:<11}[/] {escape(line.text)}", highlight=False)

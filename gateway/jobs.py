@@ -10,6 +10,7 @@ from clarion import events
 from clarion.adapters.database import insert_new
 from clarion.crashpoints import effect
 from gateway import tables
+from gateway.holds import let_go
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,9 +29,9 @@ _STATES: dict[type[Event], str] = {
 
 
 class GroupJobs:
-    """The handler that notes the jobs on groups. Whatever comes late, it only keeps instances longer."""
+    """The handler that notes what needs groups: their jobs, and replays. Being late, it keeps instances longer."""
 
-    kinds: ClassVar = (events.GroupClosed, events.JobRequested, *_STATES)
+    kinds: ClassVar = (events.GroupClosed, events.JobRequested, *_STATES, events.ReplayFinished)
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -42,6 +43,10 @@ class GroupJobs:
                 self._closed(connection, event)
             elif isinstance(event, events.JobRequested):
                 self._requested(connection, event)
+            elif isinstance(event, events.ReplayFinished):
+                # One that was stopped may be taken up again.
+                if event.state != "stopped":
+                    let_go(connection, event.subject)
             elif type(event) in _STATES:
                 self._changed(connection, event, _STATES[type(event)])
         return ()

@@ -3,7 +3,7 @@
 A group's instances are kept for `received` after the group and all jobs on it have ended. Never for less because
 something failed: a job that failed, or that a group triggered and nobody has requested yet, or a rule that failed until
 the group was given up, holds them until a person takes it up or releases the group (or for `failed`, if a site wants
-that). What no rule takes is kept for `ignored`
+that); so does a replay that is planned, until it has come to its end. What no rule takes is kept for `ignored`
 after it came; what conflicts with another instance, or is in quarantine, for `quarantined`.
 """
 
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from gateway import tables
 from gateway.groups import CLOSED, DISCARDED
+from gateway.holds import holder_of
 from gateway.jobs import ENDED, FAILED
 from gateway.rulings import TROUBLES
 
@@ -63,6 +64,9 @@ def judge(connection: sa.Connection, row: sa.RowMapping, policy: Policy) -> Verd
     """Say when the instances of a group that has ended, a row of `groups`, may go."""
     ended = datetime.fromisoformat(row["closed"])
     jobs, revisions = tables.group_jobs.c, tables.revisions.c
+    replay_id = holder_of(connection, row["group_id"])
+    if replay_id:
+        return Verdict(due=None, reason=f"replay {replay_id} is about it")
     on_it = connection.execute(sa.select(tables.group_jobs).where(jobs.group_id == row["group_id"])).all()
     for job in on_it:
         if job.state not in {ENDED, FAILED}:

@@ -144,6 +144,14 @@ group_jobs = sa.Table(
     sa.Column("changed", TEXT, nullable=False),
 )
 
+# Groups whose instances a replay that is planned or runs may need.
+group_holds = sa.Table(
+    "group_holds",
+    metadata,
+    sa.Column("replay_id", TEXT, primary_key=True),
+    sa.Column("group_id", TEXT, primary_key=True, index=True),
+)
+
 # What retention has removed of a study: how many that were grouped, ignored or quarantined.
 removals = sa.Table(
     "removals",

@@ -23,6 +23,12 @@ def upgrade() -> None:
     )
     op.create_index("ix_group_jobs_group_id", "group_jobs", ["group_id"])
     op.create_table(
+        "group_holds",
+        sa.Column("replay_id", TEXT, primary_key=True),
+        sa.Column("group_id", TEXT, primary_key=True),
+    )
+    op.create_index("ix_group_holds_group_id", "group_holds", ["group_id"])
+    op.create_table(
         "removals",
         sa.Column("study_uid", TEXT, primary_key=True),
         sa.Column("state", TEXT, primary_key=True),

@@ -35,6 +35,7 @@ from clarion.testing.suites import MOMENT, Recorder, drain, started
 from console.schema import create_tables
 from gateway import tables
 from gateway.answers import CommitmentAnswers, judge
+from gateway.holds import hold
 from gateway.jobs import GroupJobs
 from gateway.outages import Outages
 from gateway.outbound import Delivery, Outbound
@@ -55,7 +56,7 @@ ONLY_ON_FAILURE = {
     "ledger.retry", "delivery.replay", "replay.plan", "replay.state", "replay.order", "replay.settle",
     # And so have retention (test_retention.py),
     "store.remove", "retention.groups", "retention.group", "retention.old", "retention.dropped",
-    "retention.job", "retention.release",
+    "retention.job", "retention.release", "retention.hold",
     # compaction and preparing (test_compaction.py), and writing past the page cache (test_past_cache.py).
     "segment.forget", "segment.free", "segment.prepare", "segment.zeros", "segment.zerossynced", "journal.writeblocks",
 }  # fmt: skip
@@ -225,6 +226,7 @@ class Ledgers:
                     tables.superseded_jobs,
                     tables.groups,
                     tables.group_jobs,
+                    tables.group_holds,
                     jobs_table,
                     dead_letters,
                 )
@@ -291,6 +293,7 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
         lambda one: one.end_group(),
         lambda one: release(one.database, "g", by="me", reason="why", now=MOMENT),
     ),
+    "retention.hold": (lambda _: None, lambda one: hold(one.database, "r", ["g", "h"])),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
 }
 

@@ -15,6 +15,10 @@ from support.site import Site
 from clarion.errors import ConfigError, PermanentError
 from console.replay_plan import PlanRequest, make_plan
 from console.selection import Expression, Selection
+from gateway import removal_plan
+from gateway.queries import list_studies
+from gateway.removal import Remover
+from gateway.retention import Policy
 from gateway.selecting import StudyFilter
 from streams.queries import read_story, state_of
 from streams.replays import Limits, Replay, command, find_replay, is_as_planned, read_items
@@ -323,3 +327,44 @@ def test_selections(tmp_path: Path) -> None:
     assert chosen(statuses=("Failed",)) == set()
     assert chosen("received > timestamp('2100-01-01T00:00:00Z')") == set()
     assert chosen("'by-tag' in rules && instances < 2") == {"1.2.1", "1.2.2", "1.2.3"}
+
+
+@pytest.mark.usefixtures("each_database")
+def test_retention_waits_for_what_is_planned_and_a_plan_says_what_is_gone(tmp_path: Path) -> None:
+    """From the sender to the removal. Bites: let go what a plan is about; plan jobs on instances that are gone."""
+    site = Site(tmp_path)
+    for number in range(1, 4):
+        site.receive(number)
+    site.settle()
+    site.outcome = lambda _: "failed"
+    site.receive(4)
+    site.settle()
+    site.outcome = lambda _: "succeeded"
+    failed = plan(site, "failed", selection=Selection(statuses=("Failed",)))
+
+    def kept() -> dict[str, int]:
+        site.clock.advance(timedelta(days=8))
+        site.settle()
+        remover = Remover(site.database, site.app.store, site.clock, Policy())
+        while remover.step():
+            pass
+        return {one.study_uid: one.received - one.removed for one in list_studies(site.database)}
+
+    def held() -> set[str]:
+        return {one.reason for one in removal_plan.plan(site.database, Policy(), site.clock.now()).held}
+
+    assert sorted(kept().values()) == [0, 0, 0, 1]
+    assert held() == {f"replay {failed.replay_id} is about it"}
+    assert carry_out(site, failed).counts == {"done": 1}
+    assert held() == set()
+    assert set(kept().values()) == {0}
+    rerun = plan(site, "rerun")
+    assert rerun.items == 0
+    assert {one["reason"] for one in read_items(site.database, rerun.replay_id)} == {
+        "its instances were removed by retention"
+    }
+    sent = carry_out(site, plan(site, "send", destinations=("archive",)))
+    assert sent.counts == {"done": 4}, "results are not what was received"
+    assert "Removed" in {line.state for line in read_story(site.database, "1.2.1")}
+    assert state_of(read_story(site.database, "1.2.1")) == "Verified"
+    site.close()

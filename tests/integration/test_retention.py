@@ -19,6 +19,7 @@ from clarion.model import ObjectRef
 from clarion.testing.suites import MOMENT
 from gateway import groups, tables
 from gateway.groups import REMOVED
+from gateway.holds import hold
 from gateway.jobs import GroupJobs
 from gateway.queries import list_studies
 from gateway.removal_plan import plan, release
@@ -76,9 +77,27 @@ def failed(rig: Receiving, job_id: str = "j") -> events.JobFailed:
     )  # fmt: skip
 
 
+def planned(rig: Receiving, group_id: str) -> events.ReplayPlanned:
+    """As a plan that is about a group: its event does not say so, `hold` does."""
+    return events.ReplayPlanned(
+        subject="r", sequence=1, time=rig.clock.now(), source="streams", mode=group_id, by="me", plan_digest="d",
+        items=1, skipped=0,
+    )  # fmt: skip
+
+
+def stopped(rig: Receiving, state: str) -> events.ReplayFinished:
+    return events.ReplayFinished(
+        subject="r", sequence=2, time=rig.clock.now(), source="streams", state=state, plan_digest="d", done=1, failed=0,
+        left=0, reason="",
+    )  # fmt: skip
+
+
 def say(rig: Receiving, *said: events.Event) -> None:
     """Tell the gateway of jobs; each twice, as a bus may."""
     for event in said:
+        if isinstance(event, events.ReplayPlanned):
+            hold(rig.database, event.subject, [event.mode])
+            continue
         for _ in range(2):
             assert list(GroupJobs(rig.database).handle(event)) == []
 
@@ -132,6 +151,7 @@ def test_a_week_after_its_job_a_group_goes_whole(rig: Receiving) -> None:
         (lambda rig, group: (request(group, revision=9), ended(rig)), "has not been requested"),
         (lambda _, group: (request(group, pipeline="else"), request(group, "k", pipeline="else")), "has not ended"),
         (lambda _, group: (request(group),), "has not ended"),
+        (lambda rig, group: (request(group), ended(rig), planned(rig, group)), "replay r is about it"),
         (lambda rig, group: (request(group), failed(rig)), "failed"),
         (lambda rig, group: (failed(rig), request(group)), "failed"),
         (
@@ -157,7 +177,7 @@ def test_nothing_goes_because_something_failed(
     assert found.groups == ()
     (held,) = found.held
     assert held_by in held.reason
-    say(rig, request(group_id), ended(rig), ended(rig, "k"))
+    say(rig, request(group_id), ended(rig), ended(rig, "k"), *(stopped(rig, one) for one in ("stopped", "finished")))
     days_go_by(rig, 7.5)
     assert rows(rig, tables.instances) == []
 
