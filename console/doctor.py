@@ -141,8 +141,8 @@ def _space(config: Config) -> Check:
         name="disk",
         good=Space(folder, config.gateway.intake).available(),
         found=f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free under {folder}",
-        remedy="free space (`clarion cleanup plan` says what is held), or lower gateway.intake.reserve_gb; senders are told to "
-        "try later meanwhile",
+        remedy="free space (`clarion cleanup plan` says what is held), or lower gateway.intake.reserve_gb; "
+        "senders are told to try later meanwhile",
     )
 
 
