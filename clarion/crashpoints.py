@@ -39,6 +39,8 @@ EFFECTS = (
     "retention.job",
     "retention.release",
     "retention.hold",
+    "retention.notice",
+    "retention.mark",
     "grouping.manifest",
     "grouping.commit",
     "grouping.close",

@@ -33,7 +33,8 @@ def cleanup_plan(
         from gateway.retention import policy_of  # noqa: PLC0415  as above
 
         app = reader(config)
-        found = plan(app.database, policy_of(app.checked.config.gateway), app.clock.now() + timedelta(days=days))
+        now = app.clock.now()
+        found = plan(app.database, policy_of(app.checked.config.gateway), now + timedelta(days=days), now=now)
         if as_json:
             print_json(asdict(found))
         else:

@@ -19,14 +19,14 @@ from clarion.codec import decode
 from clarion.errors import ConfigError, PermanentError
 from clarion.model import ResultSet, derive_delivery_id, derive_job_id
 from console.selection import Selection, choose_studies
-from gateway.holds import hold
+from gateway.holds import hold, keep_only
 from gateway.queries import list_deliveries
 from gateway.registry import load_registry
 from gateway.selecting import decide_again
 from orchestrator.queries import GroupJob, jobs_of_groups, mean_minutes
 from streams.match import Match
 from streams.replay import body_of
-from streams.replays import MODES, SKIP, Header, Item, Limits, save_plan
+from streams.replays import MODES, SKIP, Header, Item, Limits, id_of, save_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -73,10 +73,14 @@ def make_plan(app: App, request: PlanRequest) -> str:
         destinations=request.destinations,
         limits=request.limits,
     )
-    planner = Planner(app, request, now)
-    replay_id = save_plan(app.database, header, planner.items())
-    hold(app.database, replay_id, sorted(planner.needed))
-    return replay_id
+    planner = Planner(app, request, now, id_of(header))
+    needed: set[str] = set()
+    try:
+        save_plan(app.database, header, planner.items())
+        needed = planner.needed
+    finally:
+        keep_only(app.database, id_of(header), needed)
+    return id_of(header)
 
 
 def _check(app: App, request: PlanRequest) -> None:
@@ -103,7 +107,8 @@ def _window_start(app: App, request: PlanRequest, received_from: str) -> str:
 class Planner:
     """Turns a selection into items, a batch of studies at a time."""
 
-    def __init__(self, app: App, request: PlanRequest, now: datetime) -> None:
+    def __init__(self, app: App, request: PlanRequest, now: datetime, replay_id: str) -> None:
+        self._replay_id = replay_id
         self._app = app
         self._request = request
         self._now = now
@@ -123,6 +128,8 @@ class Planner:
 
     def _batch(self, studies: Sequence[SelectedStudy]) -> Iterator[Item]:
         group_ids = sorted({group.group_id for study in studies for group in study.groups})
+        # Before anything is planned: from here on they stay.
+        gone = hold(self._app.database, self._replay_id, group_ids) if self._request.mode != "send" else set()
         closed: dict[tuple[str, int], tuple[Record, events.GroupClosed]] = {}
         for record in read_of_subjects(self._app.database, group_ids, events.GroupClosed.kind):
             event = decode(record)
@@ -139,9 +146,8 @@ class Planner:
                     continue
                 if len(found[1].studies) > 1:
                     self._seen.add(group.group_id)
-                work = _Work(
-                    study.study_uid, found[0], found[1], jobs.get(group.group_id, []), deliveries, group.removed
-                )
+                on_it, removed = jobs.get(group.group_id, []), group.group_id in gone
+                work = _Work(study.study_uid, found[0], found[1], on_it, deliveries, removed)
                 yield from self._group(work)
 
     def _deliveries(self, job_ids: list[str]) -> dict[str, DeliveryRow]:

@@ -38,7 +38,12 @@ def store_check(
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             total = scrubbing.count_referred(app.database)
             task = bar.add_task("reading", total=total)
-            found = scrubbing.scrub(scrubbing.referred(app.database), app.store, lambda: bar.advance(task))
+            found = scrubbing.scrub(
+                scrubbing.referred(app.database),
+                app.store,
+                lambda: bar.advance(task),
+                lambda one: scrubbing.is_referred(app.database, one),
+            )
         if repair and found:
             found = scrubbing.repair(found, app.data / "journal", app.store)
         if as_json:

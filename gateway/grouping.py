@@ -109,7 +109,7 @@ class Grouping:
         self._store = store
         self._clock = clock
         self._registry = registry
-        self._records = Records(registry)
+        self._records = Records(registry, clock)
         self._taken = 0
         # So many records are read at a time: no more than there is time to take.
         self._most = _BATCH
@@ -131,7 +131,7 @@ class Grouping:
         oldest = next((one.time for one in entries if one.kind != journal.DAMAGED), None)
         self._backlog = _Backlog(len(entries), oldest, len(entries) == self._most)
         if not entries:
-            return self._judge_waiting(now) or self._tidy()
+            return self._judge_waiting(now) or self._tidy(now)
         known = self._known(entries)
         prepared = self._prepare(entries, known)
         moved: dict[str, journal.Position] = {}
@@ -145,13 +145,14 @@ class Grouping:
         self._taken += taken
         self._backlog.records -= taken
         if time.monotonic() - self._tidied > _TIDY_S:
-            self._tidy()
+            # As of the records that are taken, not of now: a late instance may be waiting behind them.
+            self._tidy(min(now, oldest or now))
         return True
 
-    def _tidy(self) -> bool:
+    def _tidy(self, now: datetime) -> bool:
         """Remove a piece of what need not be kept, or give a piece of the journal back; tell whether there was one."""
         self._tidied = time.monotonic()
-        if self._remover.step():
+        if self._remover.step(now):
             self._compactor.rows_removed()
             return True
         return self._compactor.step()

@@ -259,7 +259,8 @@ def add_member(
     if row["state"] == OPEN:
         _touch(connection, row["group_id"], {"last_received": received, "check_at": received})
         return True, False
-    changed = {"state": OPEN, "revision": row["revision"] + 1, "opened": received, "closed": None}
+    # Whoever released it knew nothing of what comes now.
+    changed = {"state": OPEN, "revision": row["revision"] + 1, "opened": received, "closed": None, "released": ""}
     _touch(connection, row["group_id"], {**changed, "last_received": received, "check_at": received})
     return True, True
 

@@ -46,7 +46,7 @@ class GroupJobs:
             elif isinstance(event, events.ReplayFinished):
                 # One that was stopped may be taken up again.
                 if event.state != "stopped":
-                    let_go(connection, event.subject)
+                    let_go(connection, event.subject, event.time)
             elif type(event) in _STATES:
                 self._changed(connection, event, _STATES[type(event)])
         return ()

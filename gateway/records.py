@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from clarion.events import Event
+    from clarion.ports import Clock
     from gateway.registry import CalledEntity
 
 log = structlog.get_logger()
@@ -45,8 +46,9 @@ _NOTHING_KNOWN: dict[str, Any] = {
 class Records:
     """Takes records into the tables; `registry` maps called AE titles to their rules."""
 
-    def __init__(self, registry: Mapping[str, CalledEntity]) -> None:
+    def __init__(self, registry: Mapping[str, CalledEntity], clock: Clock) -> None:
         self._registry = registry
+        self._clock = clock
 
     def take(self, connection: sa.Connection, entry: journal.Entry, attributes: Mapping[str, str] | None) -> None:
         """Take one record; `attributes` are the header of an instance that was not known before."""
@@ -77,21 +79,26 @@ class Records:
         quarantine_id = derive("quarantine", known, digest, reason, fields["called_ae"])
         table = tables.quarantine
         known_row = connection.execute(sa.select(table.c.object).where(table.c.quarantine_id == quarantine_id)).first()
+        # Of damage nobody knows when it was written: it is kept from when it was found.
+        time = self._clock.now() if entry.kind == journal.DAMAGED else entry.time
         if known_row is not None:
             _not_wanted(connection, entry, known_row.object)
+            connection.execute(
+                table.update().where(table.c.quarantine_id == quarantine_id).values(received=time.isoformat())
+            )
             return
         described = ("study_uid", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "calling_ae", "called_ae")
         connection.execute(
             table.insert().values(
                 quarantine_id=quarantine_id,
-                received=entry.time.isoformat(),
+                received=time.isoformat(),
                 reason=reason,
                 object=fields["object"],
                 **{name: fields[name] for name in described},
             )
         )
         event = events.InstanceQuarantined(
-            **next_of_study(connection, fields["study_uid"], entry.time),
+            **next_of_study(connection, fields["study_uid"], time),
             sop_instance_uid=fields["sop_instance_uid"],
             calling_ae=fields["calling_ae"],
             called_ae=fields["called_ae"],
@@ -127,6 +134,10 @@ class Records:
             here = sa.and_(table.c.sop_instance_uid == instance.sop_instance_uid, table.c.digest == instance.digest)
             connection.execute(table.update().where(here).values(state=state, reason=""))
             record_events(connection, [stored_event(instance, _sequence_of(connection, instance))])
+        elif same["state"] == "ignored":
+            # It came again, and is kept from now.
+            here = sa.and_(table.c.sop_instance_uid == instance.sop_instance_uid, table.c.digest == instance.digest)
+            connection.execute(table.update().where(here).values(received=entry.time.isoformat()))
         if key is not None:
             self._join(connection, instance, key)
 

@@ -21,11 +21,13 @@ from clarion.adapters.database import insert_new
 from clarion.adapters.objects import segment_of
 from clarion.adapters.outbox import record_events
 from clarion.crashpoints import effect
-from clarion.errors import MissingObjectError
+from clarion.errors import MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
 from gateway import groups, tables
+from gateway.holds import lock_holds
+from gateway.notices import ClockGuard, Notices
 from gateway.records import count_waste, next_of_study
-from gateway.retention import ENDED_GROUPS, NOTICE, conflicted_before, ignored_before, in_a_group, judge
+from gateway.retention import ENDED_GROUPS, conflicted_before, ignored_before, in_a_group, judge, noticed_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +42,8 @@ log = structlog.get_logger()
 _ROWS = 200
 _GROUPS = 50
 _LOOK_S = 60.0
+# So much of what duplicates may have to repair is compared in a step: grouping waits for it.
+_AT_ONCE_BYTES = 16 * 2**20
 # A record is longer than its data set: by about so much.
 _RECORD_BYTES = 600
 # How soon a group is looked at again: its retention may have been changed, or what holds it may be over.
@@ -56,14 +60,19 @@ class Remover:
         self._clock = clock
         self._policy = policy
         self._look_at = float("-inf")
-        self._noticed: datetime | None = None
+        self._notices = Notices(database, policy)
+        self._guard = ClockGuard(database)
+        # Objects whose bytes could not be removed: once in the life of a process is enough to try.
+        self._passed_over: set[str] = set()
         self.removed = 0
 
-    def step(self) -> bool:
-        """Remove a piece, if it is time to look; tell whether there may be more. Raises StoreUnavailableError."""
+    def step(self, now: datetime) -> bool:
+        """Remove a piece as of a time, if it is time to look; tell whether there may be more."""
         if self._clock.monotonic() < self._look_at:
             return False
-        now = self._clock.now()
+        if not self._guard.is_believable(now):
+            self._look_at = self._clock.monotonic() + _LOOK_S
+            return False
         pieces: tuple[Callable[[datetime], bool], ...] = (
             self._drop_bytes,
             self._empty_group,
@@ -74,7 +83,7 @@ class Remover:
         )
         if any(piece(now) for piece in pieces):
             return True
-        self._notice(now)
+        self._notices.tell(now)
         self._look_at = self._clock.monotonic() + _LOOK_S
         return False
 
@@ -85,7 +94,9 @@ class Remover:
         table = tables.groups
         query = (
             sa.select(table)
-            .where(table.c.state.in_(ENDED_GROUPS), table.c.check_at < now.isoformat())
+            .where(table.c.state.in_(ENDED_GROUPS))
+            # What was put off to a day that lies far ahead was so by a clock that was wrong.
+            .where(sa.or_(table.c.check_at < now.isoformat(), table.c.check_at > (now + 2 * _AGAIN).isoformat()))
             .order_by(table.c.check_at)
             .limit(_GROUPS)
         )
@@ -94,8 +105,9 @@ class Remover:
         if not rows:
             return False
         with effect("retention.groups"), self._database.transaction(quiet=True) as connection:
+            lock_holds(connection)
             for row in rows:
-                verdict = judge(connection, row, self._policy)
+                verdict = judge(connection, row, self._policy, now)
                 here = table.update().where(table.c.group_id == row["group_id"])
                 if verdict.due is not None and verdict.due <= now:
                     connection.execute(here.values(state=groups.REMOVING, reason=verdict.reason))
@@ -143,12 +155,16 @@ class Remover:
         return self._old(tables.instances, condition, now, "ignored-retention")
 
     def _conflicted(self, now: datetime) -> bool:
-        condition = conflicted_before(now - self._policy.quarantined)
+        condition = conflicted_before(self._noticed_until(now))
         return self._old(tables.instances, condition, now, "conflict-retention")
 
     def _quarantined(self, now: datetime) -> bool:
-        condition = tables.quarantine.c.received < (now - self._policy.quarantined).isoformat()
+        condition = tables.quarantine.c.received < self._noticed_until(now).isoformat()
         return self._old(tables.quarantine, condition, now, "quarantine-retention")
+
+    def _noticed_until(self, now: datetime) -> datetime:
+        with self._database.reading() as connection:
+            return noticed_until(connection, self._policy, now)
 
     def _old(self, table: sa.Table, condition: sa.ColumnElement[bool], now: datetime, reason: str) -> bool:
         query = sa.select(table).where(condition).order_by(table.c.received).limit(_ROWS)
@@ -160,23 +176,6 @@ class Remover:
             self._remove(connection, table, rows, now=now, reason=reason)
         log.info("instances.removed", reason=reason, removed=len(rows))
         return True
-
-    def _notice(self, now: datetime) -> None:
-        """Say once a day what leaves quarantine within a week."""
-        if self._noticed is not None and now < self._noticed + _AGAIN:
-            return
-        self._noticed = now
-        table, until = tables.quarantine, now - self._policy.quarantined + NOTICE
-        query = sa.select(sa.func.count(), sa.func.min(table.c.received)).where(table.c.received < until.isoformat())
-        with self._database.reading() as connection:
-            count, first = connection.execute(query).one()
-        if count:
-            log.warning(
-                "quarantine.expiring",
-                data_sets=count,
-                first_received=first,
-                then="they are removed; `clarion quarantine list` shows them",
-            )
 
     # Rows and bytes --------------------------------------------------------------------------------------------
 
@@ -204,13 +203,12 @@ class Remover:
             counts[of] += 1
             sizes[of] += one["object"]["size_bytes"] if one["object"] else 0
         for (study_uid, state), count in sorted(counts.items()):
-            size = sizes[study_uid, state]
-            _count(connection, study_uid, state, count, size)
+            _count(connection, study_uid, state, count)
             event = events.InstancesRemoved(
                 **next_of_study(connection, study_uid, now, came=False),
                 reason=reason,
                 instances=count,
-                size_bytes=size,
+                size_bytes=sizes[study_uid, state],
                 group_id=group_id,
             )
             record_events(connection, [event])
@@ -233,17 +231,36 @@ class Remover:
         Nothing else is removed before all of them are: what a duplicate may have to repair is still wanted.
         """
         table = tables.unwanted
+        query = sa.select(table).where(table.c.location.not_in(sorted(self._passed_over))).limit(_ROWS)
         with self._database.reading() as connection:
-            rows = connection.execute(sa.select(table).limit(_ROWS)).all()
+            rows = connection.execute(query).all()
         if not rows:
             return False
+        done, compared = [], 0
         for row in rows:
+            if row.instead is not None and compared > _AT_ONCE_BYTES:
+                continue
+            ref = ObjectRef(**row.object)
             if row.instead is not None:
-                self._repair(ObjectRef(**row.instead), ObjectRef(**row.object))
-        self._store.remove(ObjectRef(**one.object) for one in rows)
+                compared += ref.size_bytes
+                self._repair(ObjectRef(**row.instead), ref)
+            done.append(ref)
+        gone = self._remove_files(done)
         with effect("retention.dropped"), self._database.transaction(quiet=True) as connection:
-            connection.execute(table.delete().where(table.c.location.in_([one.location for one in rows])))
+            connection.execute(table.delete().where(table.c.location.in_([one.location for one in gone])))
         return True
+
+    def _remove_files(self, refs: list[ObjectRef]) -> list[ObjectRef]:
+        """Remove the files of objects, together or, where that fails, one by one; give those that are gone."""
+        try:
+            self._store.remove(refs)
+        except StoreUnavailableError as error:
+            if len(refs) > 1:
+                return [gone for one in refs for gone in self._remove_files([one])]
+            log.warning("object.notremoved", digest=refs[0].digest, reason=str(error), then="tried at the next start")
+            self._passed_over.add(refs[0].location)
+            return []
+        return refs
 
     def _repair(self, kept: ObjectRef, duplicate: ObjectRef) -> None:
         """Let a duplicate take the place of the copy that is kept, if that can no longer be read."""
@@ -251,15 +268,14 @@ class Remover:
             return
         try:
             self._store.restore(kept, self._store.read(duplicate))
-        except MissingObjectError as error:
+        except (MissingObjectError, StoreUnavailableError) as error:
             log.error("object.lost", digest=kept.digest, reason=str(error))  # noqa: TRY400  as its name says
             return
         log.warning("object.repaired", digest=kept.digest)
 
 
-def _count(connection: sa.Connection, study_uid: str, state: str, instances: int, size: int) -> None:
+def _count(connection: sa.Connection, study_uid: str, state: str, instances: int) -> None:
     table = tables.removals
-    insert_new(connection, table, [{"study_uid": study_uid, "state": state, "instances": 0, "bytes": 0}])
+    insert_new(connection, table, [{"study_uid": study_uid, "state": state, "instances": 0}])
     here = sa.and_(table.c.study_uid == study_uid, table.c.state == state)
-    more = {"instances": table.c.instances + instances, "bytes": table.c.bytes + size}
-    connection.execute(table.update().where(here).values(**more))
+    connection.execute(table.update().where(here).values(instances=table.c.instances + instances))

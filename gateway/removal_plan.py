@@ -13,7 +13,17 @@ from clarion.crashpoints import effect
 from clarion.errors import ConfigError
 from gateway import groups, tables
 from gateway.records import SOURCE
-from gateway.retention import ENDED_GROUPS, conflicted_before, ignored_before, in_a_group, judge
+from gateway.retention import (
+    ENDED_GROUPS,
+    NOTICE,
+    Verdict,
+    conflicted_before,
+    groups_of,
+    ignored_before,
+    in_a_group,
+    judge,
+    noticed_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +39,8 @@ _ROWS = 500
 class KeptGroup:
     """A group that has ended: when its instances may go (None while something holds them), and why then.
 
-    `instances` and `size_bytes` are of those that would go: not of what is in another group too, or conflicts.
+    `instances` and `size_bytes` are of those that go with it: what is in another group too goes with the last of them,
+    and what conflicts stays.
     """
 
     group_id: str
@@ -61,79 +72,133 @@ class Plan:
     loose: tuple[Loose, ...]
 
 
-def plan(database: Database, policy: Policy, until: datetime) -> Plan:
+def plan(database: Database, policy: Policy, until: datetime, *, now: datetime | None = None) -> Plan:
     """Say what would be gone at a moment if nothing else happened before, and what would be held still."""
+    found = _Planner(database, policy, until, now or until)
     going, held = [], []
-    for one in _kept(database, policy):
+    for row in found.ended():
+        one = found.described(row)
         if one.due is None:
             held.append(one)
         elif one.due <= until:
             going.append(one)
-    instances, quarantine = tables.instances, tables.quarantine
-    loose = (
-        ("ignored-retention", instances, ignored_before(until - policy.ignored)),
-        ("conflict-retention", instances, conflicted_before(until - policy.quarantined)),
-        (
-            "quarantine-retention",
-            quarantine,
-            quarantine.c.received < (until - policy.quarantined).isoformat(),
-        ),
-    )
-    with database.reading() as connection:
-        counted = tuple(_loose(connection, *one) for one in loose)
-    return Plan(groups=tuple(going), held=tuple(held), loose=tuple(one for one in counted if one.instances))
+    return Plan(groups=tuple(going), held=tuple(held), loose=found.loose())
 
 
-def _kept(database: Database, policy: Policy) -> Iterator[KeptGroup]:
-    """Judge every group that has ended, a page at a time."""
-    table = tables.groups
-    key = (table.c.closed, table.c.group_id)
-    last: tuple[str, str] | None = None
-    while True:
-        states = (*ENDED_GROUPS, groups.REMOVING)
-        page = sa.select(table).where(table.c.state.in_(states)).order_by(*key).limit(_ROWS)
-        if last is not None:
-            page = page.where(sa.tuple_(*key) > last)
+class _Planner:
+    """Judges groups as the owner would, each once."""
+
+    def __init__(self, database: Database, policy: Policy, until: datetime, now: datetime) -> None:
+        self._database = database
+        self._policy = policy
+        self._until = until
+        self._verdicts: dict[str, Verdict | None] = {}
         with database.reading() as connection:
-            rows = connection.execute(page).mappings().all()
-            found = [_judged(connection, row, policy) for row in rows]
-        yield from found
-        if len(rows) < _ROWS:
-            return
-        last = rows[-1]["closed"], rows[-1]["group_id"]
+            noticed = noticed_until(connection, policy, until)
+        # What is said today may go in a week.
+        self._set_aside_before = until - policy.quarantined if until >= now + NOTICE else noticed
+        self._conflicts, self._conflict_bytes = 0, 0
 
+    def ended(self) -> Iterator[sa.RowMapping]:
+        """Give the groups that have ended, the oldest first, a page at a time."""
+        table = tables.groups
+        key = (table.c.closed, table.c.group_id)
+        last: tuple[str, str] | None = None
+        while True:
+            states = (*ENDED_GROUPS, groups.REMOVING)
+            page = sa.select(table).where(table.c.state.in_(states)).order_by(*key).limit(_ROWS)
+            if last is not None:
+                page = page.where(sa.tuple_(*key) > last)
+            with self._database.reading() as connection:
+                rows = connection.execute(page).mappings().all()
+            yield from rows
+            if len(rows) < _ROWS:
+                return
+            last = rows[-1]["closed"], rows[-1]["group_id"]
 
-def _judged(connection: sa.Connection, row: sa.RowMapping, policy: Policy) -> KeptGroup:
-    verdict = judge(connection, row, policy)
-    member, instance = tables.members.c, tables.instances
-    same = sa.and_(member.sop_instance_uid == instance.c.sop_instance_uid, member.digest == instance.c.digest)
-    counted = (
-        sa.select(sa.func.count(), sa.func.sum(_size_of(instance)))
-        .select_from(tables.members.join(instance, same))
-        .where(
-            member.group_id == row["group_id"],
-            sa.not_(instance.c.conflicted),
-            sa.not_(in_a_group(other_than=row["group_id"])),
+    def described(self, row: sa.RowMapping) -> KeptGroup:
+        """Judge a group, and count what would go with it."""
+        with self._database.reading() as connection:
+            verdict = self._verdict(connection, row["group_id"]) or Verdict(due=None, reason="")
+            instances, size = self._counted(connection, row["group_id"], going=self._goes(connection, row["group_id"]))
+            return KeptGroup(
+                group_id=row["group_id"],
+                called_ae=row["called_ae"],
+                rule=row["rule"],
+                studies=groups.studies_of(connection, row["group_id"]),
+                closed=row["closed"],
+                instances=instances,
+                size_bytes=size,
+                due=verdict.due,
+                reason=verdict.reason,
+            )
+
+    def _verdict(self, connection: sa.Connection, group_id: str) -> Verdict | None:
+        """Judge a group; None for one that has not ended."""
+        if group_id not in self._verdicts:
+            query = sa.select(tables.groups).where(tables.groups.c.group_id == group_id)
+            row = connection.execute(query).mappings().one()
+            ended = row["state"] in (*ENDED_GROUPS, groups.REMOVING)
+            self._verdicts[group_id] = judge(connection, row, self._policy, self._until) if ended else None
+        return self._verdicts[group_id]
+
+    def _goes(self, connection: sa.Connection, group_id: str) -> bool:
+        verdict = self._verdict(connection, group_id)
+        return verdict is not None and verdict.due is not None and verdict.due <= self._until
+
+    def _counted(self, connection: sa.Connection, group_id: str, *, going: bool) -> tuple[int, int]:
+        """Count the instances that go with a group that goes, or that a group alone holds, and their bytes.
+
+        What is in several groups goes with the last of them: it is counted with one.
+        """
+        instance, member = tables.instances, tables.members.c
+        same = sa.and_(member.sop_instance_uid == instance.c.sop_instance_uid, member.digest == instance.c.digest)
+        of_group = (
+            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(_size_of(instance)), 0))
+            .select_from(tables.members.join(instance, same))
+            .where(member.group_id == group_id)
         )
-    )
-    instances, size = connection.execute(counted).one()
-    return KeptGroup(
-        group_id=row["group_id"],
-        called_ae=row["called_ae"],
-        rule=row["rule"],
-        studies=groups.studies_of(connection, row["group_id"]),
-        closed=row["closed"],
-        instances=instances,
-        size_bytes=int(size or 0),
-        due=verdict.due,
-        reason=verdict.reason,
-    )
+        shared = in_a_group(other_than=group_id)
+        alone = of_group.where(sa.not_(instance.c.conflicted), sa.not_(shared))
+        count, size = connection.execute(alone).one()
+        several = sa.or_(shared, instance.c.conflicted) if going else sa.false()
+        columns = (instance.c.sop_instance_uid, instance.c.digest, instance.c.study_uid, instance.c.conflicted,
+                   instance.c.received, instance.c.object)  # fmt: skip
+        rest = of_group.with_only_columns(*columns).where(several)
+        for row in connection.execute(rest):
+            with_it = groups_of(connection, row.study_uid, row.sop_instance_uid, row.digest)
+            if group_id != max(with_it) or not all(self._goes(connection, one) for one in with_it):
+                continue
+            if not row.conflicted:
+                count, size = count + 1, size + row.object["size_bytes"]
+            elif row.received < self._set_aside_before.isoformat():
+                self._conflicts, self._conflict_bytes = (
+                    self._conflicts + 1,
+                    self._conflict_bytes + row.object["size_bytes"],
+                )
+        return count, int(size)
+
+    def loose(self) -> tuple[Loose, ...]:
+        """Count what is in no group. After the groups: what conflicts may be in one that goes."""
+        before, quarantine = self._set_aside_before, tables.quarantine
+        with self._database.reading() as connection:
+            ignored = _loose(connection, tables.instances, ignored_before(self._until - self._policy.ignored))
+            conflicts, size = _loose(connection, tables.instances, conflicted_before(before))
+            set_aside = _loose(connection, quarantine, quarantine.c.received < before.isoformat())
+        counted = {
+            "ignored-retention": ignored,
+            "conflict-retention": (conflicts + self._conflicts, size + self._conflict_bytes),
+            "quarantine-retention": set_aside,
+        }
+        return tuple(
+            Loose(reason=reason, instances=count, size_bytes=size) for reason, (count, size) in counted.items() if count
+        )
 
 
-def _loose(connection: sa.Connection, reason: str, table: sa.Table, condition: sa.ColumnElement[bool]) -> Loose:
+def _loose(connection: sa.Connection, table: sa.Table, condition: sa.ColumnElement[bool]) -> tuple[int, int]:
     query = sa.select(sa.func.count(), sa.func.sum(_size_of(table))).select_from(table).where(condition)
     instances, size = connection.execute(query).one()
-    return Loose(reason=reason, instances=instances, size_bytes=int(size or 0))
+    return instances, int(size or 0)
 
 
 def _size_of(table: sa.Table) -> sa.ColumnElement[int]:
@@ -152,7 +217,9 @@ def release(database: Database, group_id: str, *, by: str, reason: str, now: dat
         if row["released"]:
             return
         changed = {"released": f"{by}: {reason}", "check_at": row["closed"]}
-        connection.execute(table.update().where(table.c.group_id == group_id).values(**changed))
+        ended = sa.and_(table.c.group_id == group_id, table.c.state.in_(ENDED_GROUPS))
+        if connection.execute(table.update().where(ended).values(**changed)).rowcount == 0:
+            raise ConfigError([f"group {group_id} has changed meanwhile; look again"])
         event = events.GroupReleased(
             subject=group_id,
             sequence=groups.next_sequence(connection, group_id),

@@ -10,13 +10,13 @@ after it came; what conflicts with another instance, or is in quarantine, for `q
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from gateway import tables
-from gateway.groups import CLOSED, DISCARDED
+from gateway.groups import CLOSED, DISCARDED, REMOVING
 from gateway.holds import holder_of
 from gateway.jobs import ENDED, FAILED
 from gateway.rulings import TROUBLES
@@ -60,13 +60,12 @@ class Verdict:
     reason: str
 
 
-def judge(connection: sa.Connection, row: sa.RowMapping, policy: Policy) -> Verdict:
+def judge(connection: sa.Connection, row: sa.RowMapping, policy: Policy, now: datetime) -> Verdict:
     """Say when the instances of a group that has ended, a row of `groups`, may go."""
+    if row["state"] == REMOVING:
+        return Verdict(due=now, reason=row["reason"])
     ended = datetime.fromisoformat(row["closed"])
     jobs, revisions = tables.group_jobs.c, tables.revisions.c
-    replay_id = holder_of(connection, row["group_id"])
-    if replay_id:
-        return Verdict(due=None, reason=f"replay {replay_id} is about it")
     on_it = connection.execute(sa.select(tables.group_jobs).where(jobs.group_id == row["group_id"])).all()
     for job in on_it:
         if job.state not in {ENDED, FAILED}:
@@ -75,6 +74,9 @@ def judge(connection: sa.Connection, row: sa.RowMapping, policy: Policy) -> Verd
     due, reason = ended + policy.received, "all jobs on it have ended" if on_it else "it triggered no job"
     if row["released"]:
         return Verdict(due=due, reason=f"released by {row['released']}")
+    replay_id = holder_of(connection, row["group_id"], now)
+    if replay_id:
+        return Verdict(due=None, reason=f"replay {replay_id} is about it")
     asked_for = connection.execute(
         sa.select(revisions.revision, revisions.pipelines).where(revisions.group_id == row["group_id"])
     ).all()
@@ -103,10 +105,30 @@ def ignored_before(moment: datetime) -> sa.ColumnElement[bool]:
     return sa.and_(sa.text("state = 'ignored'"), sa.not_(one.conflicted), one.received < moment.isoformat())
 
 
+def noticed_until(connection: sa.Connection, policy: Policy, now: datetime) -> datetime:
+    """Say before when something must have been set aside to go now: a week after it was said that it would."""
+    table = tables.notices
+    query = sa.select(sa.func.max(table.c.until)).where(table.c.told <= (now - NOTICE).isoformat())
+    until = connection.execute(query).scalar()
+    oldest = datetime.min.replace(tzinfo=UTC)
+    return min(now - policy.quarantined, oldest if until is None else datetime.fromisoformat(until))
+
+
 def conflicted_before(moment: datetime) -> sa.ColumnElement[bool]:
     """Say which instances came with different content before a moment, and are in no group that is kept."""
     one = tables.instances.c
     return sa.and_(sa.text("conflicted"), one.received < moment.isoformat(), sa.not_(in_a_group()))
+
+
+def groups_of(connection: sa.Connection, study_uid: str, sop_instance_uid: str, digest: str) -> list[str]:
+    """List the groups that an instance is in."""
+    of_study, member = tables.group_studies.c, tables.members.c
+    query = (
+        sa.select(member.group_id)
+        .select_from(tables.group_studies.join(tables.members, member.group_id == of_study.group_id))
+        .where(of_study.study_uid == study_uid, member.sop_instance_uid == sop_instance_uid, member.digest == digest)
+    )
+    return list(connection.execute(query).scalars())
 
 
 def in_a_group(other_than: str = "") -> sa.ColumnElement[bool]:

@@ -6,7 +6,7 @@ it. A data set that came twice can be repaired: the other copy may still lie in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -100,6 +100,16 @@ def _pages(
         last = tuple(rows[-1][3:])
 
 
+def is_referred(database: Database, one: Referred) -> bool:
+    """Tell whether the tables refer to an object still: retention may have removed it since it was listed."""
+    table = {"instance": tables.instances, "quarantined": tables.quarantine}.get(one.what)
+    if table is None:
+        return True
+    query = sa.select(table.c.object).where(table.c.sop_instance_uid == one.name, table.c.study_uid == one.study_uid)
+    with database.reading() as connection:
+        return asdict(one.ref) in list(connection.execute(query).scalars())
+
+
 def count_referred(database: Database) -> int:
     """Count them, about."""
     counted = 0
@@ -110,15 +120,19 @@ def count_referred(database: Database) -> int:
 
 
 def scrub(
-    objects: Iterable[Referred], store: ObjectStore, progress: Callable[[], None] = lambda: None
+    objects: Iterable[Referred],
+    store: ObjectStore,
+    progress: Callable[[], None] = lambda: None,
+    is_wanted: Callable[[Referred], bool] = lambda _: True,
 ) -> list[Damaged]:
-    """Read objects and give those that are damaged, or that the disk cannot read."""
+    """Read objects and give those that are damaged, or that the disk cannot read, if they `is_wanted` still."""
     found = []
     for one in objects:
         try:
             store.read(one.ref)
         except (MissingObjectError, StoreUnavailableError) as error:
-            found.append(Damaged(object=one, reason=str(error)))
+            if is_wanted(one):
+                found.append(Damaged(object=one, reason=str(error)))
         progress()
     return found
 

@@ -62,8 +62,6 @@ class ClosedGroup:
     rule: str
     called_ae: str
     revision: int
-    # Retention has let its instances go.
-    removed: bool
 
 
 def select_studies(database: Database, wanted: StudyFilter) -> Iterator[SelectedStudy]:
@@ -138,25 +136,19 @@ def _closed_groups(connection: sa.Connection, study_uids: Sequence[str]) -> dict
     study, group, revision = tables.group_studies, tables.groups, tables.revisions
     latest = sa.func.max(revision.c.revision).label("revision")
     query = (
-        sa.select(study.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae, group.c.state, latest)
+        sa.select(study.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae, latest)
         .select_from(
             study.join(group, group.c.group_id == study.c.group_id).join(
                 revision, revision.c.group_id == group.c.group_id
             )
         )
         .where(study.c.study_uid.in_(study_uids))
-        .group_by(study.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae, group.c.state)
+        .group_by(study.c.study_uid, group.c.group_id, group.c.rule, group.c.called_ae)
         .order_by(group.c.group_id)
     )
     found: dict[str, list[ClosedGroup]] = {}
     for row in connection.execute(query):
-        one = ClosedGroup(
-            group_id=row.group_id,
-            rule=row.rule,
-            called_ae=row.called_ae,
-            revision=row.revision,
-            removed=row.state in {groups.REMOVING, groups.REMOVED},
-        )
+        one = ClosedGroup(group_id=row.group_id, rule=row.rule, called_ae=row.called_ae, revision=row.revision)
         found.setdefault(row.study_uid, []).append(one)
     return found
 

@@ -150,6 +150,8 @@ group_holds = sa.Table(
     metadata,
     sa.Column("replay_id", TEXT, primary_key=True),
     sa.Column("group_id", TEXT, primary_key=True, index=True),
+    # None until the replay has ended; then for some time yet.
+    sa.Column("until", TEXT, nullable=True),
 )
 
 # What retention has removed of a study: how many that were grouped, ignored or quarantined.
@@ -159,7 +161,22 @@ removals = sa.Table(
     sa.Column("study_uid", TEXT, primary_key=True),
     sa.Column("state", TEXT, primary_key=True),
     sa.Column("instances", sa.Integer, nullable=False),
-    sa.Column("bytes", BIG, nullable=False),
+)
+
+# When it was said that what was set aside before `until` will be removed.
+notices = sa.Table(
+    "quarantine_notices",
+    metadata,
+    sa.Column("told", TEXT, primary_key=True),
+    sa.Column("until", TEXT, nullable=False),
+)
+
+# When retention looked at the clock last, and since when it does not believe it.
+retention_marks = sa.Table(
+    "retention_marks",
+    metadata,
+    sa.Column("name", TEXT, primary_key=True),
+    sa.Column("time", TEXT, nullable=False),
 )
 
 # Objects to which no row refers any more, until their bytes are gone. Of a duplicate, `instead` is the copy that is

@@ -120,9 +120,14 @@ class Replay:
         return sum(count for state, count in self.counts.items() if state != SKIPPED)
 
 
+def id_of(header: Header) -> str:
+    """Give the id of a replay that is planned with this header."""
+    return derive("replay", header.created, json.dumps(_header_of(header), sort_keys=True))
+
+
 def save_plan(database: Database, header: Header, items: Iterable[Item]) -> str:
     """Keep a plan as it is made, in short transactions; gives its id. Until it is whole nobody can run it."""
-    replay_id = derive("replay", header.created, json.dumps(_header_of(header), sort_keys=True))
+    replay_id = id_of(header)
     row = {**_header_of(header), "replay_id": replay_id, "digest": "", "state": DRAFT, "note": "", "run_by": ""}
     with effect("replay.plan"), database.transaction() as connection:
         connection.execute(replays.insert().values(**row, sequence=1, records_read=0))

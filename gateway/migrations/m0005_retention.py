@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from clarion.adapters.database import BIG, TEXT
+from clarion.adapters.database import TEXT
 
 revision, down_revision = "0005", "0004"
 
@@ -26,6 +26,7 @@ def upgrade() -> None:
         "group_holds",
         sa.Column("replay_id", TEXT, primary_key=True),
         sa.Column("group_id", TEXT, primary_key=True),
+        sa.Column("until", TEXT, nullable=True),
     )
     op.create_index("ix_group_holds_group_id", "group_holds", ["group_id"])
     op.create_table(
@@ -33,13 +34,20 @@ def upgrade() -> None:
         sa.Column("study_uid", TEXT, primary_key=True),
         sa.Column("state", TEXT, primary_key=True),
         sa.Column("instances", sa.Integer, nullable=False),
-        sa.Column("bytes", BIG, nullable=False),
     )
     op.create_table(
         "unwanted_objects",
         sa.Column("location", TEXT, primary_key=True),
         sa.Column("object", sa.JSON, nullable=False),
         sa.Column("instead", sa.JSON, nullable=True),
+    )
+    op.create_table(
+        "quarantine_notices",
+        sa.Column("told", TEXT, primary_key=True),
+        sa.Column("until", TEXT, nullable=False),
+    )
+    op.create_table(
+        "retention_marks", sa.Column("name", TEXT, primary_key=True), sa.Column("time", TEXT, nullable=False)
     )
     op.add_column("groups", sa.Column("released", TEXT, nullable=False, server_default=""))
     op.add_column("group_revisions", sa.Column("pipelines", sa.Integer, nullable=True))

@@ -37,10 +37,12 @@ from gateway import tables
 from gateway.answers import CommitmentAnswers, judge
 from gateway.holds import hold
 from gateway.jobs import GroupJobs
+from gateway.notices import ClockGuard, Notices
 from gateway.outages import Outages
 from gateway.outbound import Delivery, Outbound
 from gateway.removal_plan import release
 from gateway.requests import DeliveryRequests, SupersededJobs
+from gateway.retention import Policy
 from orchestrator.ledger import Job, Ledger
 from orchestrator.ledger import jobs as jobs_table
 from orchestrator.requests import JobRequests
@@ -57,6 +59,7 @@ ONLY_ON_FAILURE = {
     # And so have retention (test_retention.py),
     "store.remove", "retention.groups", "retention.group", "retention.old", "retention.dropped",
     "retention.job", "retention.release", "retention.hold",
+    "retention.notice", "retention.mark",
     # compaction and preparing (test_compaction.py), and writing past the page cache (test_past_cache.py).
     "segment.forget", "segment.free", "segment.prepare", "segment.zeros", "segment.zerossynced", "journal.writeblocks",
 }  # fmt: skip
@@ -227,6 +230,8 @@ class Ledgers:
                     tables.groups,
                     tables.group_jobs,
                     tables.group_holds,
+                    tables.notices,
+                    tables.retention_marks,
                     jobs_table,
                     dead_letters,
                 )
@@ -294,6 +299,8 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
         lambda one: release(one.database, "g", by="me", reason="why", now=MOMENT),
     ),
     "retention.hold": (lambda _: None, lambda one: hold(one.database, "r", ["g", "h"])),
+    "retention.notice": (lambda _: None, lambda one: Notices(one.database, Policy()).tell(MOMENT)),
+    "retention.mark": (lambda _: None, lambda one: ClockGuard(one.database).is_believable(MOMENT)),
     "ledger.handback": (lambda _: None, lambda one: one.ledger.hand_back(one.job(), 1)),
 }
 

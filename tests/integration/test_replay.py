@@ -343,11 +343,12 @@ def test_retention_waits_for_what_is_planned_and_a_plan_says_what_is_gone(tmp_pa
     failed = plan(site, "failed", selection=Selection(statuses=("Failed",)))
 
     def kept() -> dict[str, int]:
-        site.clock.advance(timedelta(days=8))
         site.settle()
         remover = Remover(site.database, site.app.store, site.clock, Policy())
-        while remover.step():
-            pass
+        for _ in range(8):
+            site.clock.advance(timedelta(days=1))
+            while remover.step(site.clock.now()):
+                pass
         return {one.study_uid: one.received - one.removed for one in list_studies(site.database)}
 
     def held() -> set[str]:
@@ -356,7 +357,6 @@ def test_retention_waits_for_what_is_planned_and_a_plan_says_what_is_gone(tmp_pa
     assert sorted(kept().values()) == [0, 0, 0, 1]
     assert held() == {f"replay {failed.replay_id} is about it"}
     assert carry_out(site, failed).counts == {"done": 1}
-    assert held() == set()
     assert set(kept().values()) == {0}
     rerun = plan(site, "rerun")
     assert rerun.items == 0
