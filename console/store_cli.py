@@ -19,12 +19,17 @@ store_cli = typer.Typer(help="Look after the objects that are kept.", no_args_is
 def store_check(
     config: ConfigFile = DEFAULT_CONFIG,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Look for whole copies of what is damaged, and put them in place.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Look for whole copies of what is damaged and put them in place; remove files that nothing refers to.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read every object and compare it with its digest; exit status 1 if one is damaged and was not repaired.
 
+    Files of receipts, older than a day, that nothing refers to are counted: a crash came before their record.
     It may run beside a running Clarion, and reads as much as is stored.
     """
 
@@ -33,6 +38,7 @@ def store_check(
         from rich.progress import Progress  # noqa: PLC0415  as above
 
         from gateway import scrubbing  # noqa: PLC0415  as above
+        from gateway.strays import find_strays  # noqa: PLC0415  as above
 
         app = reader(config)
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -46,10 +52,18 @@ def store_check(
             )
         if repair and found:
             found = scrubbing.repair(found, app.data / "journal", app.store)
+        strays = find_strays(app.database, app.store, app.data / "journal")
+        if repair:
+            app.store.remove_files(one.path for one in strays)
+        size = sum(one.size_bytes for one in strays)
         if as_json:
-            print_json({"objects": total, "damaged": [_described(one) for one in found]})
+            left = {"files": len(strays), "size_bytes": size, "removed": repair}
+            print_json({"objects": total, "damaged": [_described(one) for one in found], "strays": left})
         else:
             _show(found, total)
+            if strays:
+                then = "removed" if repair else "--repair removes them"
+                typer.echo(f"{len(strays)} files of {size} bytes that nothing refers to: {then}")
         return 1 if any(not one.repaired for one in found) else 0
 
     run(body)

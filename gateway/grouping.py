@@ -55,7 +55,7 @@ _FEW = 64
 _BATCH_S = 0.05
 _PREPARE_S = 0.25
 _LOOK_AT_CLOCK = 16
-_GATHER_S = 0.1
+_GATHER_S = 0.5
 _RING_S = 0.25
 # While records never cease, a piece of what else is to be done so often.
 _TIDY_S = 1.0
@@ -167,7 +167,7 @@ class Grouping:
             self._wake()
 
     def _gather(self) -> None:
-        """Let records come together, so that there are at most ten transactions a second while many arrive.
+        """Let records come together, so that there are at most two transactions a second while not very many arrive.
 
         A group is judged by the times in the journal, not by when it is looked at.
         """

@@ -65,6 +65,14 @@ def segment_of(ref: ObjectRef) -> tuple[str, int] | None:
     return None if match is None else (match.group(1), int(match.group(2)))
 
 
+def received_name(location: str) -> str:
+    """Give the name of the file that a receipt has, or has when it is restored; empty for what is shared."""
+    received, segment = _RECEIVED.fullmatch(location), _SEGMENT.fullmatch(location)
+    if received is not None:
+        return received.group(1)
+    return "" if segment is None else "-".join(segment.groups())
+
+
 class FileStore:
     """The object store as files under `root`, in 256 folders by digest, and the segments under `journal`."""
 
@@ -131,6 +139,25 @@ class FileStore:
                         emptied.add(place.parent)
                 for folder in emptied:
                     sync_folder(folder)
+        except OSError as error:
+            raise unavailable(error) from error
+
+    def received_files(self, older_than_s: float) -> dict[str, Path]:
+        """Give the files of receipts, by the name that `received_name` gives their references, that are so old."""
+        oldest = time.time() - older_than_s
+        found = {}
+        for path in self._received.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    found[path.name] = path
+        return found
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """Remove files of receipts that nothing refers to. Raises StoreUnavailableError."""
+        try:
+            with effect("store.remove"):
+                for path in paths:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise unavailable(error) from error
 
@@ -218,12 +245,8 @@ class FileStore:
 
     def _own(self, ref: ObjectRef) -> Path:
         """Give the file that is an object's alone; of a range of a segment, that to which it is restored."""
-        received, segment = _RECEIVED.fullmatch(ref.location), _SEGMENT.fullmatch(ref.location)
-        if received is not None:
-            return self._in_received(ref.digest, received.group(1))
-        if segment is not None:
-            return self._in_received(ref.digest, "-".join(segment.groups()))
-        return self._path(ref.digest)
+        name = received_name(ref.location)
+        return self._in_received(ref.digest, name) if name else self._path(ref.digest)
 
     def _in_received(self, digest: str, name: str) -> Path:
         return self._received / file_name(digest)[:2] / name

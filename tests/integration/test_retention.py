@@ -15,6 +15,7 @@ from support.receiving import PER_SEGMENT, SIZE, Receiving
 
 from clarion import crashpoints, events
 from clarion.adapters.outbox import events_table
+from clarion.digests import digest_of
 from clarion.errors import ConfigError, MissingObjectError
 from clarion.model import ObjectRef
 from clarion.testing.suites import MOMENT
@@ -25,6 +26,7 @@ from gateway.jobs import GroupJobs
 from gateway.queries import list_studies
 from gateway.removal_plan import plan, release
 from gateway.retention import Policy
+from gateway.strays import find_strays
 
 # Where the statements matter, on either database.
 on_both = pytest.mark.usefixtures("each_database")
@@ -534,6 +536,37 @@ def test_a_duplicate_that_cannot_be_read_keeps_nothing_else_from_going(rig: Rece
             path.write_bytes(b"")
     rig.settle()
     assert rows(rig, tables.unwanted) == []
+
+
+def test_files_that_nothing_refers_to_are_found_and_no_others(rig: Receiving) -> None:
+    """Bites: take what the owner has not read yet, or what was restored from a segment, for nobody's."""
+    for number in range(2 * PER_SEGMENT):
+        rig.receive(f"1.2.{number}")
+    for _ in range(3):
+        rig.receive("1.2.0")
+        for number in range(PER_SEGMENT - 1):
+            rig.receive(f"1.2.{number}")
+    rig.receive("1.3.1", LARGE)
+    rig.receive("1.3.2", LARGE, kind="quarantined")
+    rig.settle()
+    with rig.database.reading() as connection:
+        first = connection.execute(sa.select(tables.instances.c.object)).scalars().first()
+    rig.store.restore(ObjectRef(**first), rig.store.read(ObjectRef(**first)))
+    rig.receive("1.3.3", LARGE)  # not read yet
+    lost = rig.store.receive()
+    lost.write(b"x" * 100)
+    lost.keep(digest_of(b"x" * 100))
+    lost.abandon()
+    there = files(rig)
+    assert any("-" in one for one in there), "some were restored"
+    assert find_strays(rig.database, rig.store, rig.root / "journal") == [], "they are young"
+    (found,) = find_strays(rig.database, rig.store, rig.root / "journal", older_than_s=-60)
+    assert found.size_bytes == 100
+    rig.store.remove_files([found.path])
+    assert files(rig) == [one for one in there if one != found.path.name]
+    rig.settle()
+    rig.wanted.pop("1.3.2")
+    rig.judge()
 
 
 @pytest.mark.parametrize("point", POINTS)
