@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from console.command import DEFAULT_CONFIG, AsJson, ConfigFile, print_json, reader, run
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from gateway.removal_plan import KeptGroup, Plan
 
 cleanup_cli = typer.Typer(
@@ -20,7 +22,9 @@ cleanup_cli = typer.Typer(
 def cleanup_plan(
     config: ConfigFile = DEFAULT_CONFIG,
     days: Annotated[float, typer.Option(help="What would be gone in so many days.", min=0, max=36500)] = 0.0,
-    limit: Annotated[int, typer.Option(help="Show at most so many groups of each kind.", min=1, max=100_000)] = 50,
+    limit: Annotated[
+        int, typer.Option(help="Show at most so many groups of each kind; JSON has all.", min=1, max=100_000)
+    ] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List what would be removed now, or in some days, and why; then what has to be kept, and why. Removes nothing."""
@@ -36,7 +40,7 @@ def cleanup_plan(
         now = app.clock.now()
         found = plan(app.database, policy_of(app.checked.config.gateway), now + timedelta(days=days), now=now)
         if as_json:
-            print_json(asdict(found))
+            print_json({"as_of": now.isoformat(), "days": days, **_json(asdict(found))})
         else:
             _show(found, days, limit)
         return 0
@@ -49,16 +53,25 @@ def cleanup_release(
     group_id: Annotated[str, typer.Argument(metavar="GROUP", help="Its id, as `clarion cleanup plan` shows it.")],
     reason: Annotated[str, typer.Option(help="Why; it is kept in the study's timeline. No patient data.")],
     config: ConfigFile = DEFAULT_CONFIG,
+    as_json: AsJson = False,
 ) -> None:
     """Keep a group no longer for a job that failed or was never requested; its retention goes on as for any other."""
 
     def body() -> int:
-        from console.replaying import whoami  # noqa: PLC0415  quick --help
+        from dataclasses import asdict  # noqa: PLC0415  quick --help
+
+        from console.replaying import whoami  # noqa: PLC0415  as above
         from gateway.removal_plan import release  # noqa: PLC0415  as above
+        from gateway.retention import policy_of  # noqa: PLC0415  as above
 
         app = reader(config)
-        release(app.database, group_id, by=whoami(), reason=reason, now=app.clock.now())
-        typer.echo(f"{group_id}: released; its instances go when their time has come")
+        policy = policy_of(app.checked.config.gateway)
+        done = release(app.database, group_id, policy, by=whoami(), reason=reason, now=app.clock.now())
+        if as_json:
+            print_json(_json(asdict(done)))
+            return 0
+        said = f"had been released by {done.released}; nothing was changed" if done.already else "released"
+        typer.echo(f"{group_id}: {said}; its instances {_goes(done.due)}")
         return 0
 
     run(body)
@@ -74,6 +87,9 @@ def _show(found: Plan, days: float, limit: int) -> None:
         typer.echo(f"  {one.instances} instances in no group, {_size(one.size_bytes)}: {one.reason}")
     typer.echo(f"held: {len(found.held)} groups, {_total(found.held)}")
     _list(found.held, limit)
+    waiting = f"wait for their time: {len(found.waiting)} groups, {_total(found.waiting)}"
+    first = min((one.due for one in found.waiting if one.due is not None), default=None)
+    typer.echo(f"{waiting}; the first {_goes(first)}" if first else waiting)
     if found.held:
         typer.echo(
             "clarion: a failed job is taken up by `clarion replay`; `clarion cleanup release GROUP --reason TEXT` lets "
@@ -91,10 +107,23 @@ def _list(groups: tuple[KeptGroup, ...], limit: int) -> None:
     for one in groups[:limit]:
         typer.echo(
             f"  {one.group_id}  {one.called_ae:<16}  closed {one.closed[:19]}  {one.instances:>6}  "
-            f"{_size(one.size_bytes):>9}  study {', '.join(one.studies)}: {one.reason}"
+            f"{_size(one.size_bytes):>9}  {_goes(one.due)}: {one.reason}; study {', '.join(one.studies)}"
         )
     if len(groups) > limit:
         typer.echo(f"  and {len(groups) - limit} more; --limit shows them")
+
+
+def _json(value: Any) -> Any:  # noqa: ANN401  anything JSON can hold, and times
+    """Write times as everywhere else."""
+    if isinstance(value, dict):
+        return {key: _json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(one) for one in value]
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+def _goes(due: datetime | None) -> str:
+    return "stay for now" if due is None else f"go on {due:%Y-%m-%d %H:%M} UTC"
 
 
 def _size(size: int) -> str:

@@ -44,7 +44,7 @@ def quarantine_list(
                 f"{one.reason:<24}  {one.sop_instance_uid}"
             )
         if not rows:
-            typer.echo("nothing is in quarantine", err=True)
+            typer.echo(f"nothing of study {study} is in quarantine" if study else "nothing is in quarantine", err=True)
         return 0
 
     run(body)

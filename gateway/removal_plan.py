@@ -65,24 +65,27 @@ class Loose:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What would go until a moment, and what is held, the oldest first."""
+    """What would go until a moment, what is held, and what waits for its time after that; the oldest first."""
 
     groups: tuple[KeptGroup, ...]
     held: tuple[KeptGroup, ...]
+    waiting: tuple[KeptGroup, ...]
     loose: tuple[Loose, ...]
 
 
 def plan(database: Database, policy: Policy, until: datetime, *, now: datetime | None = None) -> Plan:
     """Say what would be gone at a moment if nothing else happened before, and what would be held still."""
     found = _Planner(database, policy, until, now or until)
-    going, held = [], []
+    going, held, waiting = [], [], []
     for row in found.ended():
         one = found.described(row)
         if one.due is None:
             held.append(one)
         elif one.due <= until:
             going.append(one)
-    return Plan(groups=tuple(going), held=tuple(held), loose=found.loose())
+        else:
+            waiting.append(one)
+    return Plan(groups=tuple(going), held=tuple(held), waiting=tuple(waiting), loose=found.loose())
 
 
 class _Planner:
@@ -205,8 +208,20 @@ def _size_of(table: sa.Table) -> sa.ColumnElement[int]:
     return sa.cast(table.c.object["size_bytes"].as_string(), sa.BigInteger)
 
 
-def release(database: Database, group_id: str, *, by: str, reason: str, now: datetime) -> None:
-    """Let a group's instances go when their time comes, whatever became of its jobs. Raises ConfigError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """A group that was released: by whom and why, and when its instances go; `already` if that was done before."""
+
+    group_id: str
+    released: str
+    due: datetime | None
+    already: bool
+
+
+def release(database: Database, group_id: str, policy: Policy, *, by: str, reason: str, now: datetime) -> Released:
+    """Let a group's instances go when their time comes, though something failed. Raises ConfigError."""
+    if not reason.strip():
+        raise ConfigError(["--reason: say why; it is kept in the study's timeline"])
     table = tables.groups
     with effect("retention.release"), database.transaction() as connection:
         row = connection.execute(sa.select(table).where(table.c.group_id == group_id)).mappings().one_or_none()
@@ -215,7 +230,11 @@ def release(database: Database, group_id: str, *, by: str, reason: str, now: dat
         if row["state"] not in ENDED_GROUPS:
             raise ConfigError([f"group {group_id} is {row['state']}: only one that has ended can be released"])
         if row["released"]:
-            return
+            due = judge(connection, row, policy, now).due
+            return Released(group_id=group_id, released=row["released"], due=due, already=True)
+        verdict = judge(connection, row, policy, now)
+        if not verdict.may_be_released:
+            raise ConfigError([f"group {group_id} is not held for anything that failed: {verdict.reason}"])
         changed = {"released": f"{by}: {reason}", "check_at": row["closed"]}
         ended = sa.and_(table.c.group_id == group_id, table.c.state.in_(ENDED_GROUPS))
         if connection.execute(table.update().where(ended).values(**changed)).rowcount == 0:
@@ -230,3 +249,6 @@ def release(database: Database, group_id: str, *, by: str, reason: str, now: dat
             reason=reason,
         )
         record_events(connection, [event])
+        row = connection.execute(sa.select(table).where(table.c.group_id == group_id)).mappings().one()
+        due = judge(connection, row, policy, now).due
+        return Released(group_id=group_id, released=row["released"], due=due, already=False)

@@ -54,10 +54,14 @@ def policy_of(config: GatewayConfig) -> Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """When a group's instances may go, and why then; `due` is None while something holds them."""
+    """When a group's instances may go, and why then; `due` is None while something holds them.
+
+    A person may release what is held because something failed, or was never asked for.
+    """
 
     due: datetime | None
     reason: str
+    may_be_released: bool = False
 
 
 def judge(connection: sa.Connection, row: sa.RowMapping, policy: Policy, now: datetime) -> Verdict:
@@ -71,23 +75,26 @@ def judge(connection: sa.Connection, row: sa.RowMapping, policy: Policy, now: da
         if job.state not in {ENDED, FAILED}:
             return Verdict(due=None, reason=f"job {job.job_id} of pipeline {job.pipeline_id} has not ended")
         ended = max(ended, datetime.fromisoformat(job.changed))
-    due, reason = ended + policy.received, "all jobs on it have ended" if on_it else "it triggered no job"
-    if row["released"]:
-        return Verdict(due=due, reason=f"released by {row['released']}")
     replay_id = holder_of(connection, row["group_id"], now)
     if replay_id:
         return Verdict(due=None, reason=f"replay {replay_id} is about it")
+    due, reason = ended + policy.received, "all jobs on it have ended" if on_it else "it triggered no job"
+    if row["released"]:
+        return Verdict(due=due, reason=f"released by {row['released']}")
     asked_for = connection.execute(
         sa.select(revisions.revision, revisions.pipelines).where(revisions.group_id == row["group_id"])
     ).all()
     for revision, pipelines in asked_for:
         requested = {one.pipeline_id for one in on_it if one.revision == revision}
         if pipelines is None or len(requested) < pipelines:
-            return Verdict(due=None, reason=f"revision {revision} triggered a job that has not been requested")
+            said = f"revision {revision} triggered a job that has not been requested"
+            return Verdict(due=None, reason=said, may_be_released=True)
     failure = _failure(row, on_it)
     if not failure:
         return Verdict(due=due, reason=reason)
-    return Verdict(due=None if policy.failed is None else max(due, ended + policy.failed), reason=failure)
+    if policy.failed is None:
+        return Verdict(due=None, reason=failure, may_be_released=True)
+    return Verdict(due=max(due, ended + policy.failed), reason=failure, may_be_released=True)
 
 
 def _failure(row: sa.RowMapping, jobs: Sequence[sa.Row[Any]]) -> str:

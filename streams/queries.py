@@ -55,7 +55,7 @@ def state_of(story: Iterable[Line]) -> str:
     passed: set[str] = set()
     last = "Received"
     for line in story:
-        if line.state == "Removed":
+        if line.state in {"Released", "Removed"}:
             continue  # what became of the study does not change by what is kept of it
         last = line.state
         if line.kind.startswith(("job.", "delivery.", "result.", "group.")):

@@ -79,7 +79,8 @@ def _group_line(event: Event) -> _Line | None:
         case events.GroupDiscarded():
             return _Line("Ignored", f"Group given up: {event.reason}; its instances are kept", event.studies)
         case events.GroupReleased():
-            return _Line("Removed", f"No longer kept for its jobs: {event.by}: {event.reason}", event.studies)
+            text = f"Released by {event.by}, no longer kept for what failed: {event.reason}"
+            return _Line("Released", text, event.studies)
     return None
 
 

@@ -190,10 +190,11 @@ class Ledgers:
             connection.execute(tables.commitment_answers.insert(), [judge(connection, asked, MOMENT)])
 
     def end_group(self) -> None:
-        """As if a group had been closed."""
+        """As if a group had been given up."""
         ended = {
-            "group_id": "g", "called_ae": "A", "rule": "r", "key": "k", "epoch": 0, "state": "closed", "revision": 1,
-            "sequence": 1, "opened": "t", "last_received": "t", "closed": "t", "check_at": "t",
+            "group_id": "g", "called_ae": "A", "rule": "r", "key": "k", "epoch": 0, "state": "discarded", "revision": 1,
+            "sequence": 1, "opened": "t", "last_received": "t", "closed": MOMENT.isoformat(), "check_at": "t",
+            "reason": "rule-failed for 7 days",
         }  # fmt: skip
         with self.database.transaction() as connection:
             connection.execute(tables.groups.insert().values(**ended))
@@ -296,7 +297,7 @@ OPERATIONS: dict[str, tuple[Callable[[Ledgers], object], Callable[[Ledgers], obj
     ),
     "retention.release": (
         lambda one: one.end_group(),
-        lambda one: release(one.database, "g", by="me", reason="why", now=MOMENT),
+        lambda one: release(one.database, "g", Policy(), by="me", reason="why", now=MOMENT),
     ),
     "retention.hold": (lambda _: None, lambda one: hold(one.database, "r", ["g", "h"])),
     "retention.notice": (lambda _: None, lambda one: Notices(one.database, Policy()).tell(MOMENT)),

@@ -177,13 +177,19 @@ def test_nothing_goes_because_something_failed(
 def test_a_person_lets_a_group_go_whose_job_failed(rig: Receiving) -> None:
     rig.receive("1.2.1")
     group_id = close(rig)
-    say(rig, request(group_id), failed(rig))
+    say(rig, request(group_id))
+    with pytest.raises(ConfigError, match="has not ended"):
+        release(rig.database, group_id, Policy(), by="me", reason="why", now=rig.clock.now())
+    say(rig, failed(rig))
     days_go_by(rig, 8)
     rig.judge()
     with pytest.raises(ConfigError, match="no group"):
-        release(rig.database, "nobody", by="me", reason="why", now=rig.clock.now())
-    for _ in range(2):
-        release(rig.database, group_id, by="me", reason="why", now=rig.clock.now())
+        release(rig.database, "nobody", Policy(), by="me", reason="why", now=rig.clock.now())
+    with pytest.raises(ConfigError, match="say why"):
+        release(rig.database, group_id, Policy(), by="me", reason=" ", now=rig.clock.now())
+    for already in (False, True):
+        done = release(rig.database, group_id, Policy(), by="me", reason="why", now=rig.clock.now())
+        assert (done.already, done.released) == (already, "me: why")
     assert len([one for one in rows(rig, events_table) if one.kind == "group.released.v1"]) == 1
     (due,) = plan(rig.database, Policy(), rig.clock.now()).groups
     assert due.reason == "released by me: why"
@@ -209,7 +215,7 @@ def test_a_group_whose_rule_failed_until_it_was_given_up_is_held(
     rig.judge()
     (held,) = plan(rig.database, Policy(), rig.clock.now()).held
     assert held.reason == "it was given up: rule-failed for 7 days"
-    release(rig.database, held.group_id, by="me", reason="why", now=rig.clock.now())
+    release(rig.database, held.group_id, Policy(), by="me", reason="why", now=rig.clock.now())
     days_go_by(rig, 0.5)
     assert rows(rig, tables.instances) == []
 
@@ -415,7 +421,11 @@ def test_a_release_is_of_what_it_was_given_for(rig: Receiving) -> None:
     rig.receive("1.2.1")
     group_id = close(rig)
     say(rig, request(group_id), failed(rig))
-    release(rig.database, group_id, by="me", reason="why", now=rig.clock.now())
+    release(rig.database, group_id, Policy(), by="me", reason="why", now=rig.clock.now())
+    hold(rig.database, "r", [group_id])
+    (held,) = plan(rig.database, Policy(), rig.clock.now()).held
+    assert "replay" in held.reason, "it answers for what failed alone"
+    say(rig, stopped(rig, "cancelled"))
     rig.receive("1.2.2")
     assert close(rig) == group_id
     days_go_by(rig, 20)
