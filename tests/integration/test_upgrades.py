@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,10 +15,17 @@ from support.postgres import url_in
 from clarion import events
 from clarion.adapters import outbox
 from clarion.adapters.database import Database
+from clarion.adapters.memory import ManualClock, MemoryStore
 from clarion.codec import decode, encode
+from clarion.model import ObjectRef
 from clarion.testing.suites import MOMENT
 from console.schema import create_tables
 from gateway import groups, tables
+from gateway.jobs import GroupJobs
+from gateway.queries import list_studies
+from gateway.removal import Remover
+from gateway.removal_plan import plan
+from gateway.retention import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,3 +104,46 @@ def test_groups_keep_their_members_and_studies(tmp_path: Path) -> None:
         assert groups.studies_of(connection, "g") == ("1", "2")
         found = connection.execute(sa.select(member.sop_instance_uid, member.digest).order_by(member.digest)).all()
     assert found == [("1.1", "d1.1"), ("1.2", "d1.2"), ("2.1", "d2.1")]
+
+
+def test_a_group_that_an_older_version_closed_has_its_retention(tmp_path: Path) -> None:
+    """Bites: a column without a default; what its revision triggered, taken for nothing before the event was read."""
+    database = empty(tmp_path)
+    database.create(at_version(tmp_path, tables.SCHEMA, "0004"))
+    then = (MOMENT - timedelta(days=30)).isoformat()
+    rows = {
+        "groups": {"group_id": "g", "called_ae": "AE", "rule": "r", "key": "k", "epoch": 0, "state": groups.CLOSED,
+                   "revision": 1, "sequence": 3, "opened": then, "last_received": then, "closed": then,
+                   "check_at": then, "reason": "quiet"},
+        "group_revisions": {"group_id": "g", "revision": 1, "manifest": "{}", "manifest_digest": "d", "instances": 1,
+                            "closed": then},
+        "group_members": {"group_id": "g", "sop_instance_uid": "1.1", "digest": "d"},
+        "group_studies": {"group_id": "g", "study_uid": "1"},
+        "studies": {"study_uid": "1", "sequence": 1, "first_received": then, "last_received": then},
+        "instances": {"sop_instance_uid": "1.1", "digest": "d", "study_uid": "1", "series_uid": "1.0",
+                      "sop_class_uid": "1.2", "transfer_syntax_uid": "1.2", "calling_ae": "A", "called_ae": "AE",
+                      "received": then, "object": json.dumps({"location": "file:d", "digest": "d", "size_bytes": 5}),
+                      "attributes": "{}", "state": "grouped", "reason": "", "conflicted": False},
+    }  # fmt: skip
+    with database.transaction() as connection:
+        for table, row in rows.items():
+            insert(connection, table, row)
+    create_tables(database)
+
+    def look() -> int:
+        remover = Remover(database, MemoryStore(), ManualClock(MOMENT), Policy())
+        while remover.step(MOMENT):
+            pass
+        return list_studies(database)[0].removed
+
+    assert look() == 0
+    (held,) = plan(database, Policy(), MOMENT).held
+    assert (held.instances, held.size_bytes) == (1, 5)
+    closed = events.GroupClosed(
+        subject="g", sequence=2, time=MOMENT, source="gateway", rule="r", called_ae="AE", revision=1, instances=1,
+        manifest=ObjectRef(location="m", digest="m", size_bytes=1), reason="", triggers=(), studies=("1",),
+    )  # fmt: skip
+    GroupJobs(database).handle(closed)
+    with database.transaction() as connection:
+        connection.execute(tables.groups.update().values(check_at=then))
+    assert look() == 1
