@@ -18,6 +18,13 @@ cleanup_cli = typer.Typer(
 )
 
 
+_LOOSE = {
+    "ignored-retention": "no rule took them",
+    "conflict-retention": "they contradict others of the same UID",
+    "quarantine-retention": "in quarantine",
+}
+
+
 @cleanup_cli.command("plan")
 def cleanup_plan(
     config: ConfigFile = DEFAULT_CONFIG,
@@ -50,7 +57,9 @@ def cleanup_plan(
 
 @cleanup_cli.command("release")
 def cleanup_release(
-    group_id: Annotated[str, typer.Argument(metavar="GROUP", help="Its id, as `clarion cleanup plan` shows it.")],
+    group_id: Annotated[
+        str, typer.Argument(metavar="GROUP", help="Its id, or the beginning of it, as `clarion cleanup plan` shows it.")
+    ],
     reason: Annotated[str, typer.Option(help="Why; it is kept in the study's timeline. No patient data.")],
     config: ConfigFile = DEFAULT_CONFIG,
     as_json: AsJson = False,
@@ -71,7 +80,7 @@ def cleanup_release(
             print_json(_json(asdict(done)))
             return 0
         said = f"had been released by {done.released}; nothing was changed" if done.already else "released"
-        typer.echo(f"{group_id}: {said}; its instances {_goes(done.due)}")
+        typer.echo(f"{done.group_id}: {said}; its instances {_goes(done.due)}")
         return 0
 
     run(body)
@@ -84,13 +93,13 @@ def _show(found: Plan, days: float, limit: int) -> None:
     typer.echo(f"would be gone {when}: {len(found.groups)} groups, {total}")
     _list(found.groups, limit)
     for one in found.loose:
-        typer.echo(f"  {one.instances} instances in no group, {_size(one.size_bytes)}: {one.reason}")
+        typer.echo(f"  {one.instances} instances, {_size(one.size_bytes)}: {_LOOSE[one.reason]}")
     typer.echo(f"held: {len(found.held)} groups, {_total(found.held)}")
     _list(found.held, limit)
     waiting = f"wait for their time: {len(found.waiting)} groups, {_total(found.waiting)}"
     first = min((one.due for one in found.waiting if one.due is not None), default=None)
     typer.echo(f"{waiting}; the first {_goes(first)}" if first else waiting)
-    if found.held:
+    if any(one.may_be_released for one in found.held):
         typer.echo(
             "clarion: a failed job is taken up by `clarion replay`; `clarion cleanup release GROUP --reason TEXT` lets "
             "its group go",
@@ -106,7 +115,7 @@ def _total(groups: tuple[KeptGroup, ...], instances: int = 0, size: int = 0) -> 
 def _list(groups: tuple[KeptGroup, ...], limit: int) -> None:
     for one in groups[:limit]:
         typer.echo(
-            f"  {one.group_id}  {one.called_ae:<16}  closed {one.closed[:19]}  {one.instances:>6}  "
+            f"  {one.group_id[:8]}  {one.called_ae:<16}  closed {one.closed[:16]}  {one.instances:>6} instances  "
             f"{_size(one.size_bytes):>9}  {_goes(one.due)}: {one.reason}; study {', '.join(one.studies)}"
         )
     if len(groups) > limit:

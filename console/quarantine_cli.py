@@ -57,12 +57,17 @@ def quarantine_show(quarantine_id: Id, config: ConfigFile = DEFAULT_CONFIG, as_j
     def body() -> int:
         from dataclasses import asdict  # noqa: PLC0415  quick --help
 
+        from clarion.model import ObjectRef  # noqa: PLC0415  as above
+
         app = reader(config)
         row = _find(app.database, quarantine_id)
         said = {**asdict(row), "kept_until": _kept_until(app, row)}
         if as_json:
             print_json(said)
             return 0
+        ref = None if row.object is None else ObjectRef(**row.object)
+        whole = "none were kept" if ref is None else "there, as they came" if app.store.is_whole(ref) else "damaged"
+        said = {**said, "object": "" if ref is None else f"{ref.size_bytes} bytes, {ref.digest}", "bytes": whole}
         for name, value in said.items():
             typer.echo(f"{name.replace('_', ' '):<20}{value if value is not None else '-'}")
         return 0
@@ -105,12 +110,9 @@ def quarantine_export(
 
 
 def _kept_until(app: App, row: QuarantineRow) -> str:
-    """Say when it is removed, if nobody changes how long such things are kept."""
-    from datetime import datetime  # noqa: PLC0415  quick --help
+    from gateway.retention import policy_of, quarantine_ends  # noqa: PLC0415  quick --help
 
-    from gateway.retention import policy_of  # noqa: PLC0415  as above
-
-    return (datetime.fromisoformat(row.received) + policy_of(app.checked.config.gateway).quarantined).isoformat()
+    return quarantine_ends(row.received, policy_of(app.checked.config.gateway))
 
 
 def _find(database: Database, quarantine_id: str) -> QuarantineRow:

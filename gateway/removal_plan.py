@@ -52,6 +52,7 @@ class KeptGroup:
     size_bytes: int
     due: datetime | None
     reason: str
+    may_be_released: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,7 @@ class _Planner:
                 size_bytes=size,
                 due=verdict.due,
                 reason=verdict.reason,
+                may_be_released=verdict.due is None and verdict.may_be_released,
             )
 
     def _verdict(self, connection: sa.Connection, group_id: str) -> Verdict | None:
@@ -219,14 +221,20 @@ class Released:
 
 
 def release(database: Database, group_id: str, policy: Policy, *, by: str, reason: str, now: datetime) -> Released:
-    """Let a group's instances go when their time comes, though something failed. Raises ConfigError."""
+    """Let a group's instances go when their time comes, though something failed; its id may be cut short.
+
+    Raises ConfigError.
+    """
     if not reason.strip():
         raise ConfigError(["--reason: say why; it is kept in the study's timeline"])
     table = tables.groups
     with effect("retention.release"), database.transaction() as connection:
-        row = connection.execute(sa.select(table).where(table.c.group_id == group_id)).mappings().one_or_none()
-        if row is None:
-            raise ConfigError([f"no group {group_id!r}; `clarion cleanup plan` shows those that are held"])
+        begins = sa.select(table).where(table.c.group_id.startswith(group_id.lower(), autoescape=True)).limit(2)
+        found = connection.execute(begins).mappings().all() if group_id else []
+        if len(found) != 1:
+            many = "two or more groups' ids begin so" if found else "no group"
+            raise ConfigError([f"{group_id!r}: {many}; `clarion cleanup plan` shows those that are held"])
+        row, group_id = found[0], found[0]["group_id"]
         if row["state"] not in ENDED_GROUPS:
             raise ConfigError([f"group {group_id} is {row['state']}: only one that has ended can be released"])
         if row["released"]:

@@ -121,6 +121,11 @@ def noticed_until(connection: sa.Connection, policy: Policy, now: datetime) -> d
     return min(now - policy.quarantined, oldest if until is None else datetime.fromisoformat(until))
 
 
+def quarantine_ends(received: str, policy: Policy) -> str:
+    """Say when something that was set aside goes, if it is said in time and nobody changes how long it is kept."""
+    return (datetime.fromisoformat(received) + policy.quarantined).isoformat()
+
+
 def conflicted_before(moment: datetime) -> sa.ColumnElement[bool]:
     """Say which instances came with different content before a moment, and are in no group that is kept."""
     one = tables.instances.c

@@ -28,6 +28,7 @@ from console.metrics import METRICS_TYPE, render_metrics
 from console.stages import read_stages
 from console.studies import read_studies, read_study
 from gateway.queries import list_quarantine
+from gateway.retention import policy_of, quarantine_ends
 from streams.queries import PROGRESS
 from streams.replays import list_replays
 
@@ -131,7 +132,9 @@ class Pages:
 
     def quarantine(self, request: Request) -> Response:
         """What was set aside, and why."""
-        return self._render(request, "quarantine.html", {"rows": list_quarantine(self._database)})
+        policy = policy_of(self._config.gateway)
+        rows = [(one, quarantine_ends(one.received, policy)) for one in list_quarantine(self._database)]
+        return self._render(request, "quarantine.html", {"rows": rows})
 
     def operations(self, request: Request) -> Response:
         """Topics, handlers behind, dead letters, replays, the latest events."""

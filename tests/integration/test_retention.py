@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from support.processes import clarion
 from support.receiving import PER_SEGMENT, SIZE, Receiving
 
 from clarion import crashpoints, events
@@ -577,6 +578,40 @@ def test_files_that_nothing_refers_to_are_found_and_no_others(rig: Receiving) ->
     rig.settle()
     rig.wanted.pop("1.3.2")
     rig.judge()
+
+
+def test_what_a_person_is_told(rig: Receiving) -> None:
+    """The commands as they are typed, of what happened in November 2026; today all of it is due."""
+    rig.receive("1.2.1")
+    group_id = close(rig)
+    say(rig, request(group_id), failed(rig))
+    rig.receive("1.2.2", kind="quarantined")
+    rig.settle()
+    config = rig.root / "clarion.yaml"
+    config.write_text(f"data: {rig.root}\n")
+    nothing = clarion("cleanup", "plan", "-c", config)
+    assert (nothing.returncode, "nothing has run" in nothing.stderr) == (2, True)
+    (rig.root / "run").mkdir()
+    told = clarion("cleanup", "plan", "-c", config, "--days", 36000)
+    assert "held: 1 groups, 1 instances" in told.stdout
+    assert f"{group_id[:8]}  B " in told.stdout
+    assert "job j of pipeline p failed" in told.stdout
+    assert "1 instances, 2.1 kB: in quarantine" in told.stdout
+    assert "release" in told.stderr
+    for words, said in (
+        (("release", "zzz", "--reason", "x"), "no group"),
+        (("release", group_id[:6], "--reason", " "), "say why"),
+        (("release", group_id[:6]), "--reason"),
+    ):
+        refused = clarion("cleanup", *words, "-c", config)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+    done = json.loads(clarion("cleanup", "release", group_id[:6], "--reason", "x", "-c", config, "--json").stdout)
+    assert (done["group_id"], done["already"]) == (group_id, False)
+    assert done["due"] == (rig.clock.now() + WEEK).isoformat()
+    plan_ = json.loads(clarion("cleanup", "plan", "-c", config, "--days", 36000, "--json").stdout)
+    assert [one["group_id"] for one in plan_["groups"]] == [group_id]
+    assert plan_["held"] == plan_["waiting"] == []
 
 
 @pytest.mark.parametrize("point", POINTS)
