@@ -243,7 +243,9 @@ class Remover:
             ref = ObjectRef(**row.object)
             if row.instead is not None:
                 compared += ref.size_bytes
-                self._repair(ObjectRef(**row.instead), ref)
+                if not self._repair(ObjectRef(**row.instead), ref):
+                    self._passed_over.add(ref.location)
+                    continue
             done.append(ref)
         gone = self._remove_files(done)
         with effect("retention.dropped"), self._database.transaction(quiet=True) as connection:
@@ -262,16 +264,23 @@ class Remover:
             return []
         return refs
 
-    def _repair(self, kept: ObjectRef, duplicate: ObjectRef) -> None:
-        """Let a duplicate take the place of the copy that is kept, if that can no longer be read."""
+    def _repair(self, kept: ObjectRef, duplicate: ObjectRef) -> bool:
+        """Let a duplicate take the place of the copy that is kept, if that can no longer be read.
+
+        Tell whether it may go now: not while neither can be read, and it perhaps could later.
+        """
         if self._store.is_whole(kept):
-            return
+            return True
         try:
             self._store.restore(kept, self._store.read(duplicate))
-        except (MissingObjectError, StoreUnavailableError) as error:
+        except MissingObjectError as error:
             log.error("object.lost", digest=kept.digest, reason=str(error))  # noqa: TRY400  as its name says
-            return
+            return True
+        except StoreUnavailableError as error:
+            log.warning("object.notrepaired", digest=kept.digest, reason=str(error), then="tried at the next start")
+            return False
         log.warning("object.repaired", digest=kept.digest)
+        return True
 
 
 def _count(connection: sa.Connection, study_uid: str, state: str, instances: int) -> None:

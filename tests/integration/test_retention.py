@@ -17,7 +17,7 @@ from support.receiving import PER_SEGMENT, SIZE, Receiving
 from clarion import crashpoints, events
 from clarion.adapters.outbox import events_table
 from clarion.digests import digest_of
-from clarion.errors import ConfigError, MissingObjectError
+from clarion.errors import ConfigError, MissingObjectError, StoreUnavailableError
 from clarion.model import ObjectRef
 from clarion.testing.suites import MOMENT
 from gateway import groups, tables
@@ -612,6 +612,27 @@ def test_what_a_person_is_told(rig: Receiving) -> None:
     plan_ = json.loads(clarion("cleanup", "plan", "-c", config, "--days", 36000, "--json").stdout)
     assert [one["group_id"] for one in plan_["groups"]] == [group_id]
     assert plan_["held"] == plan_["waiting"] == []
+
+
+def test_the_last_copy_is_kept_that_the_disk_cannot_read_now(rig: Receiving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bites: throw the duplicate away though the first copy is damaged, for it could not be read for a moment."""
+    data = rig.receive("1.2.1", LARGE)
+    rig.settle()
+    (first,) = [one for one in (rig.root / "objects" / "received").rglob("*") if one.is_file()]
+    rig.receive("1.2.1", LARGE)
+    first.write_bytes(b"damaged")
+
+    def unavailable(*_: object) -> bytes:
+        raise StoreUnavailableError("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clarion.adapters.objects.FileStore.read", unavailable)
+        rig.settle()
+    assert len(rows(rig, tables.unwanted)) == 1
+    rig.settle()
+    assert rows(rig, tables.unwanted) == []
+    assert first.read_bytes() == data
+    rig.judge()
 
 
 @pytest.mark.parametrize("point", POINTS)
