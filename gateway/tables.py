@@ -97,7 +97,7 @@ groups = sa.Table(
     sa.Column("check_at", TEXT, nullable=False),
     sa.Column("reason", TEXT, nullable=False, default=""),
     # By whom and why it is no longer kept for jobs that failed or were never requested; empty when it is.
-    sa.Column("released", TEXT, nullable=False, default=""),
+    sa.Column("released", TEXT, nullable=False, server_default=""),
     sa.UniqueConstraint("called_ae", "rule", "key", "epoch"),
     sa.Index("groups_due", "state", "check_at"),
 )
