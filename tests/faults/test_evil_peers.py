@@ -142,6 +142,7 @@ def test_whatever_is_said_in_whatever_state(at: Serving) -> None:
         if kind == "stored":
             uid = fields["sop_instance_uid"]
             assert at.read(fields) == data_set(uid), "what was kept is what one message said"
+            assert (fields["calling_ae"], fields["called_ae"]) == ("A", "B"), "nothing is kept after a reject"
     assert {f"1.9.{done}" for done in range(0, SEQUENCES, 1000)} <= {
         fields["sop_instance_uid"] for kind, fields in at.journalled() if kind == "stored"
     }

@@ -119,7 +119,8 @@ C-CANCEL on a storage context is ignored. A request that is none of these gets 0
 
 Calling AE title `{scu.ae_title}` by default. Proposes Verification, Storage Commitment, Study Root FIND, and for each
 object its SOP Class in the stored transfer syntax, then Explicit and Implicit VR Little Endian, into which it is
-decoded without loss where the peer takes nothing else. Warnings 0xB000, 0xB006, 0xB007 count as success with a note.
+rewritten without loss where the peer takes nothing else; what is compressed or big endian then fails. Warnings 0xB000,
+0xB006, 0xB007 count as success with a note.
 
 DICOMweb (PS3.18), user agent: Store (10.5) of `application/dicom` in the stored transfer syntax, answers read as
 `application/dicom+json`; Search (10.6) for instances of a series.
