@@ -237,10 +237,9 @@ def release(database: Database, group_id: str, policy: Policy, *, by: str, reaso
         row, group_id = found[0], found[0]["group_id"]
         if row["state"] not in ENDED_GROUPS:
             raise ConfigError([f"group {group_id} is {row['state']}: only one that has ended can be released"])
-        if row["released"]:
-            due = judge(connection, row, policy, now).due
-            return Released(group_id=group_id, released=row["released"], due=due, already=True)
         verdict = judge(connection, row, policy, now)
+        if row["released"]:
+            return Released(group_id=group_id, released=row["released"], due=verdict.due, already=True)
         if not verdict.may_be_released:
             raise ConfigError([f"group {group_id} is not held for anything that failed: {verdict.reason}"])
         changed = {"released": f"{by}: {reason}", "check_at": row["closed"]}

@@ -76,13 +76,13 @@ def referred(database: Database) -> Iterator[Referred]:
         ),
     )
     for what, query, key in sources:
-        for name, study_uid, described in pages(database, query, key):
+        for name, study_uid, described in _pages(database, query, key):
             found = described.get("object", described) if what == "result" else described
             if found:
                 yield Referred(what=what, name=name, study_uid=study_uid, ref=ObjectRef(**found))
 
 
-def pages(
+def _pages(
     database: Database, query: sa.Select[Any], key: tuple[sa.ColumnElement[Any], ...]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Give the rows in order of their key, a page at a time: a long read would keep the database from tidying up."""

@@ -6,14 +6,14 @@ Who sent them was not told success. They are harmless and take room: up to a dat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from clarion.adapters.objects import received_name
 from gateway import journal, tables
 from gateway.grouping import READER
-from gateway.scrubbing import pages
+from gateway.scrubbing import referred
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,21 +50,13 @@ def _named(database: Database, folder: Path) -> Iterator[str]:
     with database.reading() as connection:
         rows = connection.execute(sa.select(table).where(table.c.reader == READER)).all()
     positions = {row.log: journal.Position(row.segment, row.offset) for row in rows}
-    instances, quarantine, unwanted = tables.instances.c, tables.quarantine.c, tables.unwanted.c
     # What the owner reads meanwhile is first in the journal and then in the tables: the journal comes first.
     for log in journal.logs(folder):
         for entry in journal.read(folder / log, positions.get(log, journal.START), _ALL):
-            yield from _location_of(entry.fields.get("object"))
-    name, study = sa.literal("").label("name"), sa.literal("").label("study_uid")
-    for column, key in (
-        (instances.object, (instances.sop_instance_uid, instances.digest)),
-        (quarantine.object, (quarantine.quarantine_id,)),
-        (unwanted.object, (unwanted.location,)),
-    ):
-        for _, _, described in pages(database, sa.select(name, study, column), key):
-            yield from _location_of(described)
-
-
-def _location_of(described: Any) -> Iterator[str]:  # noqa: ANN401  a reference as JSON, or None
-    if isinstance(described, dict) and "location" in described:
-        yield described["location"]
+            described = entry.fields.get("object")
+            if described:
+                yield described["location"]
+    for one in referred(database):
+        yield one.ref.location
+    with database.reading() as connection:
+        yield from connection.execute(sa.select(tables.unwanted.c.location)).scalars().all()

@@ -83,8 +83,9 @@ class FileStore:
         self._received = make_folder(root / "received")
         for folder in (root, self._received):
             # Made in this order: where the last is, all are.
-            for number in range(0 if not (folder / "ff").exists() else 256, 256):
-                (folder / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+            if not (folder / "ff").exists():
+                for number in range(256):
+                    (folder / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
             sync_folder(folder)
 
     def put(self, data: bytes) -> ObjectRef:
