@@ -1,7 +1,7 @@
 # Every target says what it does: `make help`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?=
 BIN := .venv/bin
 UV_VERSION := 0.13.9
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
@@ -16,9 +16,10 @@ help: ## Show this list
 install: .venv/.installed ## Make the environment .venv with the command .venv/bin/clarion
 
 .venv/.installed: requirements/dev.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Clarion needs Python 3.11, 3.12 or 3.13; none was found on the PATH (Debian: apt-get install python3 python3-venv)"; exit 2; }
-	@echo "install: $(PYTHON) -> .venv, packages pinned in requirements/dev.txt (about 60, 400 MB)"
-	@$(PYTHON) -m venv .venv || { echo "the venv module is missing (Debian: apt-get install python3-venv)"; exit 2; }
+	@python="$(or $(PYTHON),$$(tests/tools/choose_python.sh))"; \
+	test -n "$$python" || { echo "Clarion needs Python 3.11, 3.12 or 3.13 with its venv module; none was found on the PATH (Debian: apt-get install python3 python3-venv)"; exit 2; }; \
+	echo "install: $$python -> .venv, packages pinned in requirements/dev.txt (about 60, 400 MB)"; \
+	"$$python" -m venv --clear .venv || { echo "the venv module is missing (Debian: apt-get install python3-venv)"; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
 	@$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .

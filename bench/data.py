@@ -1,6 +1,6 @@
 """Instances to send, framed before any clock starts: PDUs as they go over the wire, and where their UIDs stand in them.
 
-`ct`: 512 x 512 slices of the phantom, 0.53 MB. `small`: the same headers with 64 x 72 pixels, 10.5 kB. `tiny`: 1 kB.
+`ct`: 512 x 512 slices of the phantom, 0.53 MB. `small`: Comprehensive SR of 45 measurements, 10.5 kB. `tiny`: 1 kB.
 `big`: one instance of `--big-mb`. Every pass has new SOP Instance UIDs of the same length, patched into the frames.
 """
 
@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom import dcmread, dcmwrite
+from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.uid import ExplicitVRLittleEndian
 
 from clarion.dicom import part10
@@ -19,11 +19,20 @@ from clarion.testing.phantom import PhantomSpec, make_phantom, write_phantom
 from gateway.wire import commands, pdu
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
+SR = "1.2.840.10008.5.1.4.1.1.88.33"
+CONTEXTS = {CT: 1, SR: 3}
+"""The presentation context that each class is sent in."""
 EXPLICIT = "1.2.840.10008.1.2.1"
 PDU_LENGTH = 131072
 _UID = "1.2.826.0.1.3680043.9.7433.1.{:020d}"
 UID_BYTES = len(_UID.format(0))
 _TEMPLATES = 8
+_MEASUREMENTS = 45
+
+
+def class_of(kind: str) -> str:
+    """Give the SOP Class of a kind's instances."""
+    return SR if kind == "small" else CT
 
 
 def uid_of(number: int) -> str:
@@ -58,7 +67,7 @@ class Frame:
 
 def frames(kind: str, series: int, big_mb: int = 256, max_length: int = PDU_LENGTH) -> list[Frame]:
     """Make the frames of one series, in PDUs of the receiver's size: `kind` is ct, small, tiny or big."""
-    return [_frame(one, max_length) for one in data_sets(kind, series, big_mb)]
+    return [_frame(one, class_of(kind), max_length) for one in data_sets(kind, series, big_mb)]
 
 
 def data_sets(kind: str, series: int, big_mb: int = 256) -> list[bytes]:
@@ -78,7 +87,7 @@ def write_files(kind: str, count: int, first: int, folder: Path) -> list[str]:
         uid = uid_of(first + number)
         data = made[number % len(made)].replace(uid_of(0).encode(), uid.encode())
         path = folder / f"{number}.dcm"
-        path.write_bytes(part10(data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT))
+        path.write_bytes(part10(data, sop_class_uid=class_of(kind), sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT))
         paths.append(str(path))
     return paths
 
@@ -89,7 +98,7 @@ def _encode(path: Path, kind: str, series: int, big_mb: int) -> bytes:
     ds.StudyInstanceUID = f"1.2.826.0.1.3680043.9.7433.2.{series}"
     ds.SeriesInstanceUID = f"1.2.826.0.1.3680043.9.7433.3.{series}"
     if kind == "small":
-        ds.Rows, ds.Columns, ds.PixelData = 64, 72, bytes(2 * 64 * 72)
+        ds = _report(ds)
     elif kind == "tiny":
         keep = {"SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID"}
         for element in list(ds):
@@ -107,14 +116,50 @@ def _encode(path: Path, kind: str, series: int, big_mb: int) -> bytes:
     return raw[144 + length :]
 
 
-def _frame(data_set: bytes, max_length: int) -> Frame:
-    uid = uid_of(0)
+def _report(image: Dataset) -> Dataset:
+    """Make a report of measurements on the patient and study of an image."""
+    report = Dataset()
+    report.file_meta = image.file_meta
+    # All that is said of patient, study, series and equipment, nothing that is said of the image.
+    for element in image:
+        if (
+            element.tag.group in {0x0008, 0x0010, 0x0020}
+            and element.tag < 0x00200020
+            and element.keyword != "ImageType"
+        ):
+            report.add(element)
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = SR
+    report.Modality, report.ValueType, report.ContinuityOfContent = "SR", "CONTAINER", "SEPARATE"
+    report.CompletionFlag, report.VerificationFlag = "COMPLETE", "UNVERIFIED"
+    report.ConceptNameCodeSequence = [_code("126000", "Imaging Measurement Report")]
+    report.ContentSequence = [_measurement(number) for number in range(_MEASUREMENTS)]
+    return report
+
+
+def _measurement(number: int) -> Dataset:
+    value, item = Dataset(), Dataset()
+    value.NumericValue = f"{number}.25"
+    value.MeasurementUnitsCodeSequence = [_code("mm", "millimetre")]
+    item.RelationshipType, item.ValueType = "CONTAINS", "NUM"
+    item.ConceptNameCodeSequence = [_code(str(121200 + number), f"Measurement number {number}")]
+    item.MeasuredValueSequence = [value]
+    return item
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, "DCM", meaning
+    return code
+
+
+def _frame(data_set: bytes, sop_class: str, max_length: int) -> Frame:
+    uid, context = uid_of(0), CONTEXTS[sop_class]
     command = commands.make([
-        (commands.AFFECTED_CLASS, commands.ui(CT)), (commands.FIELD, commands.u16(commands.C_STORE_RQ)),
+        (commands.AFFECTED_CLASS, commands.ui(sop_class)), (commands.FIELD, commands.u16(commands.C_STORE_RQ)),
         (commands.MESSAGE_ID, commands.u16(1)), (commands.PRIORITY, commands.u16(commands.MEDIUM)),
         (commands.DATA_SET_TYPE, commands.u16(commands.WITH_DATA_SET)), (commands.AFFECTED_INSTANCE, commands.ui(uid)),
     ])  # fmt: skip
-    data = bytearray(pdu.p_data(1, pdu.COMMAND, command) + pdu.p_data(1, 0, data_set, max_length))
+    data = bytearray(pdu.p_data(context, pdu.COMMAND, command) + pdu.p_data(context, 0, data_set, max_length))
     return Frame(data, data_set, _find(bytes(data), uid), _find(data_set, uid))
 
 

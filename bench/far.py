@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
-from data import CT, EXPLICIT, frames  # noqa: E402
+from data import EXPLICIT, SR, frames  # noqa: E402
 from send import sinking  # noqa: E402
 from support.delivering import Rig  # noqa: E402
 from support.tap import Tap  # noqa: E402
@@ -60,9 +60,9 @@ def _lost(port: int) -> int:
     data = frames("small", 0)[0].expected(0)
     peer = Destination(name="sink", ae_title="SINK", host="127.0.0.1", port=port)
     lost = 0
-    with Requestor(peer, own_ae="SENDER", classes=[(CT, EXPLICIT)], timeouts=Timeouts(connect_s=5, dimse_s=20)) as scu:
+    with Requestor(peer, own_ae="SENDER", classes=[(SR, EXPLICIT)], timeouts=Timeouts(connect_s=5, dimse_s=20)) as scu:
         for _ in range(_SENDS):
-            lost += scu.store(data, sop_class=CT, sop_instance="1.2.3", syntax=EXPLICIT) != 0
+            lost += scu.store(data, sop_class=SR, sop_instance="1.2.3", syntax=EXPLICIT) != 0
     return lost
 
 

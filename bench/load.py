@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data import CT, EXPLICIT, PDU_LENGTH, frames
+from data import CONTEXTS, EXPLICIT, PDU_LENGTH, frames
 
 from gateway.wire import pdu
 
@@ -35,16 +35,18 @@ class Load:
 
 
 def associate(port: int, called: str, calling: str = "SENDER") -> socket.socket:
-    """Open an association for CT images."""
+    """Open an association for what there is to send."""
     return negotiate(port, called, calling)[0]
 
 
 def negotiate(port: int, called: str, calling: str = "SENDER") -> tuple[socket.socket, int]:
-    """Open an association for CT images; give the length of PDU to send as well."""
+    """Open an association for what there is to send; give the length of PDU to send as well."""
     connection = socket.create_connection(("127.0.0.1", port), 60)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    context = pdu.Context(id=1, abstract_syntax=CT, transfer_syntaxes=(EXPLICIT,))
-    connection.sendall(pdu.request(called, calling, [context], max_length=PDU_LENGTH))
+    contexts = [
+        pdu.Context(id=number, abstract_syntax=one, transfer_syntaxes=(EXPLICIT,)) for one, number in CONTEXTS.items()
+    ]
+    connection.sendall(pdu.request(called, calling, contexts, max_length=PDU_LENGTH))
     kind, body = read_pdu(connection)
     if kind != pdu.ASSOCIATE_AC:
         raise SystemExit(f"association refused: PDU {kind} {body.hex()}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 
-from data import CT, EXPLICIT, uid_of, write_files  # noqa: E402
+from data import EXPLICIT, class_of, uid_of, write_files  # noqa: E402
 from support.dcmtk import ENVIRONMENT, tool  # noqa: E402
 
 from clarion.dicom import split_part10  # noqa: E402
@@ -91,7 +91,7 @@ def main() -> None:
             paths = write_files(kind, count, 0, Path(root) / kind)
             for number in range(options.rounds):
                 order = [_ours, _storescu][:: 1 if number % 2 else -1]
-                took = {one.__name__: one(port, paths) for one in order}
+                took = {one.__name__: one(port, kind, paths) for one in order}
                 ours, theirs = took["_ours"], took["_storescu"]
                 found.setdefault(kind, []).append((theirs[0] / ours[0], ours[1] / theirs[1]))
     for kind, ratios in found.items():
@@ -100,20 +100,20 @@ def main() -> None:
             print(json.dumps({name: kind, "median": statistics.median(values), "all": values}))
 
 
-def _ours(port: int, paths: list[str]) -> tuple[float, float]:
+def _ours(port: int, kind: str, paths: list[str]) -> tuple[float, float]:
     """Send as a delivery does; seconds and CPU seconds, association and reading included."""
     cpu, begun = time.process_time(), time.monotonic()
     peer = Destination(name="sink", ae_title="SINK", host="127.0.0.1", port=port)
     timeouts = Timeouts(connect_s=5, dimse_s=20)
-    with Requestor(peer, own_ae="SENDER", classes=[(CT, EXPLICIT)], timeouts=timeouts) as scu:
+    with Requestor(peer, own_ae="SENDER", classes=[(class_of(kind), EXPLICIT)], timeouts=timeouts) as scu:
         for number, path in enumerate(paths):
             data, syntax = split_part10(Path(path).read_bytes())
-            if scu.store(data, sop_class=CT, sop_instance=uid_of(number), syntax=syntax):
+            if scu.store(data, sop_class=class_of(kind), sop_instance=uid_of(number), syntax=syntax):
                 raise SystemExit("refused")
     return time.monotonic() - begun, time.process_time() - cpu
 
 
-def _storescu(port: int, paths: list[str]) -> tuple[float, float]:
+def _storescu(port: int, _kind: str, paths: list[str]) -> tuple[float, float]:
     """Send with storescu, Nagle off; the same."""
     cpu, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     command = [tool("storescu"), "-R", "-pdu", "131072", "-aet", "SENDER", "-aec", "SINK", "127.0.0.1", str(port)]

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 MAX_ELEMENTS = 2000
 
 _SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES = 0x00080016, 0x00080018, 0x0020000D, 0x0020000E
-_WANTED = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
+WANTED = frozenset((_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES))
+"""The elements that say what a data set is."""
 _IMPLICIT = struct.Struct("<HHI").unpack_from
 _EXPLICIT = struct.Struct("<HH2sH").unpack_from
 _LENGTH = struct.Struct("<I").unpack_from
@@ -39,7 +40,7 @@ _DELIMITERS = 0xFFFE
 _HEAD_BYTES = 2**20
 _HEAD = 8
 # Of a value that is to be a UID so much is kept: more than any UID has.
-_LONGEST = 130
+LONGEST = 130
 
 
 class Scan(NamedTuple):
@@ -69,10 +70,15 @@ def scan(data: Bytes, transfer_syntax_uid: str) -> Scan:
             _walk_explicit(data, transfer_syntax_uid, found)
     except _TooManyElementsError:
         checked = False
-        if len(found) < len(_WANTED):
+        if len(found) < len(WANTED):
             _find_identity(data, transfer_syntax_uid, found)
     except InvalidInstanceError as error:
         fault = error
+    return read_identity(found, fault, checked=checked)
+
+
+def read_identity(found: dict[int, bytes], fault: InvalidInstanceError | None = None, *, checked: bool = True) -> Scan:
+    """Give what the values of the wanted elements say."""
     return Scan(
         sop_class_uid=_text(found, _SOP_CLASS),
         sop_instance_uid=_text(found, _SOP_INSTANCE),
@@ -89,7 +95,7 @@ def _find_identity(data: Bytes, transfer_syntax_uid: str, found: dict[int, bytes
         for element in Walker(data, transfer_syntax_uid).elements():
             if element.tag > _SERIES:
                 return
-            if element.tag in _WANTED:
+            if element.tag in WANTED:
                 _keep(found, element.tag, data, element.start, element.end)
 
 
@@ -116,7 +122,7 @@ def _text(found: dict[int, bytes], tag: int) -> str:
 
 def _keep(found: dict[int, bytes], tag: int, data: Bytes, start: int, end: int) -> None:
     """Keep a value that is wanted; of one that claims to be long, the beginning."""
-    found[tag] = bytes(data[start : min(end, start + _LONGEST)])
+    found[tag] = bytes(data[start : min(end, start + LONGEST)])
 
 
 def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
@@ -144,7 +150,7 @@ def _walk_explicit(data: Bytes, syntax: str, found: dict[int, bytes]) -> None:
         position = start + length
         if position > size:
             raise _beyond(group, number, length, size - start)
-        if (tag := group << 16 | number) in _WANTED:
+        if (tag := group << 16 | number) in WANTED:
             _keep(found, tag, data, start, position)
 
 
@@ -167,7 +173,7 @@ def _walk_implicit(data: Bytes, found: dict[int, bytes]) -> None:
         position = start + length
         if position > size:
             raise _beyond(group, number, length, size - start)
-        if (tag := group << 16 | number) in _WANTED:
+        if (tag := group << 16 | number) in WANTED:
             _keep(found, tag, data, start, position)
 
 
@@ -175,7 +181,7 @@ def _walk_big_endian(data: Bytes, found: dict[int, bytes]) -> None:
     walker = Walker(data, EXPLICIT_BE, MAX_ELEMENTS)
     try:
         for element in walker.elements():
-            if element.tag in _WANTED:
+            if element.tag in WANTED:
                 _keep(found, element.tag, data, element.start, element.end)
     except InvalidInstanceError:
         if walker.exhausted:

@@ -137,8 +137,9 @@ class Association:
         self._slot = shared.slot
         self._max_bytes = int(shared.config.max_instance_gb * 1e9)
         self._negotiated = negotiate(request, shared.config)
+        self._commands = commands.Reader()
         self._command: Mapping[int, bytes] = {}
-        self._context = 0
+        self._field = self._context = 0
         self._message: _Message | None = None
         self._size = 0
         self._stopped = ""
@@ -262,8 +263,8 @@ class Association:
         """Take a command set; tell whether a data set follows."""
         if context not in self._negotiated.contexts:
             raise PduError(pdu.INVALID_PARAMETER, "a message on a context that was not accepted")
-        self._context, self._command, self._size = context, commands.parse(command), 0
-        field = number(self._command, commands.FIELD) or 0
+        self._context, self._command, self._size = context, self._commands.parse(command), 0
+        field = self._field = number(self._command, commands.FIELD) or 0
         if field == commands.C_CANCEL_RQ:
             return False
         follows = number(self._command, commands.DATA_SET_TYPE) != commands.NO_DATA_SET
@@ -302,7 +303,7 @@ class Association:
     def end_data(self) -> None:
         """Answer the message whose data set is complete."""
         message, self._message = self._message, None
-        if message is None or (number(self._command, commands.FIELD) or 0) & commands.RESPONSE:
+        if message is None or self._field & commands.RESPONSE:
             return
         self._answer(message.finish())
 
@@ -315,8 +316,7 @@ class Association:
             self._answer(Answer(status=_UNRECOGNISED_OPERATION))
 
     def _answer(self, answer: Answer) -> None:
-        field = number(self._command, commands.FIELD)
-        if field == commands.C_STORE_RQ:
+        if self._field == commands.C_STORE_RQ:
             counts = self._studies.pop(answer.study_uid, [0, 0])
             counts[0 if answer.status == SUCCESS else 1] += 1
             self._studies[answer.study_uid] = counts
@@ -325,7 +325,7 @@ class Association:
             self._slot.answered(self._size, success=answer.status == SUCCESS)
             self._statuses[answer.status] += 1
             self._bytes += self._size
-        if field == commands.C_STORE_RQ and answer.status == SUCCESS:
+        if self._field == commands.C_STORE_RQ and answer.status == SUCCESS:
             reach("before:scp.respond")
             self._send(commands.stored(self._command))
             reach("after:scp.respond")
@@ -358,7 +358,8 @@ class Association:
 
     def _store_message(self) -> _Message:
         sop_class_uid = uid(self._command, commands.AFFECTED_CLASS)
-        if not sop_class_uid or not uid(self._command, commands.AFFECTED_INSTANCE):
+        sop_instance_uid = uid(self._command, commands.AFFECTED_INSTANCE)
+        if not sop_class_uid or not sop_instance_uid:
             return Discarded(Answer(status=CANNOT_UNDERSTAND, comment="the request names no SOP Class or Instance"))
         if not self._admission.may_store:
             return self._refused(_NOT_AUTHORISED, "not a source of instances")
@@ -370,7 +371,7 @@ class Association:
         return self._intake.begin(
             Arrival(
                 sop_class_uid=sop_class_uid,
-                sop_instance_uid=uid(self._command, commands.AFFECTED_INSTANCE),
+                sop_instance_uid=sop_instance_uid,
                 transfer_syntax_uid=self._negotiated.contexts[self._context].transfer_syntaxes[0],
                 calling_ae=self._request.calling,
                 called_ae=self._request.called,

@@ -234,8 +234,10 @@ class Slot:
 
     def answered(self, size: int, *, success: bool) -> None:
         """Count an instance that was answered."""
-        self._add(_STORED if success else _REFUSED, 1)
-        self._add(_BYTES, size)
+        at = self._at
+        with self._lock:
+            self._numbers[at + (_STORED if success else _REFUSED)] += 1
+            self._numbers[at + _BYTES] += size
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from clarion.errors import InvalidInstanceError, MissingObjectError, StoreUnavai
 from clarion.model import Action, Decision, ObjectRef, Trigger
 from gateway import groups, journal, tables
 from gateway.compaction import Compactor
+from gateway.lull import Lull
 from gateway.records import SOURCE, Records
 from gateway.removal import Remover
 from gateway.retention import Policy
@@ -55,7 +55,6 @@ _FEW = 64
 _BATCH_S = 0.05
 _PREPARE_S = 0.25
 _LOOK_AT_CLOCK = 16
-_GATHER_S = 0.5
 _RING_S = 0.25
 # While records never cease, a piece of what else is to be done so often.
 _TIDY_S = 1.0
@@ -113,7 +112,9 @@ class Grouping:
         self._taken = 0
         # So many records are read at a time: no more than there is time to take.
         self._most = _BATCH
-        self._committed = 0.0
+        # Whether the last batch left records in the journal.
+        self._behind = False
+        self._lull = Lull(self._ends, clock.monotonic)
         self._backlog = _Backlog()
         # Where an object could not be read, how often, and since when.
         self._unreadable: tuple[journal.Position, int, float] | None = None
@@ -121,7 +122,8 @@ class Grouping:
 
     def step(self) -> bool:
         """Take a batch of records, or close one group that is due; tell whether there may be more."""
-        self._gather()
+        if self._doorbell is not None and not self._behind and not self._lull.is_here():
+            return True
         now = self._clock.now()
         entries = self._read()
         if not entries and self._doorbell is not None:
@@ -131,6 +133,7 @@ class Grouping:
         oldest = next((one.time for one in entries if one.kind != journal.DAMAGED), None)
         self._backlog = _Backlog(len(entries), oldest, len(entries) == self._most)
         if not entries:
+            self._behind = False
             return self._judge_waiting(now) or self._tidy(now)
         known = self._known(entries)
         prepared = self._prepare(entries, known)
@@ -139,8 +142,9 @@ class Grouping:
             taken = self._take_all(connection, prepared, {uid for uid, _ in known}, moved)
             self._keep_positions(connection, moved)
         self._ring()
-        if taken < self._most // 2:
-            self._committed = time.monotonic()
+        self._behind = taken < len(entries) or len(entries) == self._most
+        if not self._behind:
+            self._lull.all_taken()
         self._most = max(_FEW, taken) if taken < len(entries) else min(_BATCH, self._most + self._most // 8)
         self._taken += taken
         self._backlog.records -= taken
@@ -166,13 +170,9 @@ class Grouping:
             self._rung, self._news = time.monotonic(), False
             self._wake()
 
-    def _gather(self) -> None:
-        """Let records come together, so that there are at most two transactions a second while not very many arrive.
-
-        A group is judged by the times in the journal, not by when it is looked at.
-        """
-        if self._doorbell is not None:
-            threading.Event().wait(max(0.0, self._committed + _GATHER_S - time.monotonic()))
+    def _ends(self) -> object:
+        """Say how far the logs are committed."""
+        return [journal.committed_end(self._folder / log) for log in journal.logs(self._folder)]
 
     def _take_all(
         self, connection: sa.Connection, prepared: list[_Prepared], known: set[str], moved: dict[str, journal.Position]

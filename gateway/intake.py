@@ -16,8 +16,8 @@ import structlog
 
 from clarion import digests
 from clarion.errors import InvalidInstanceError, StoreUnavailableError
+from clarion.layouts import Layouts
 from clarion.model import UNKNOWN_STUDY, is_uid
-from clarion.scanning import scan
 from gateway.blocks import BlockBuffer
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Intake:
         self.store = store
         self.journal = journal
         self.space = space
+        self.layouts = Layouts()
         self._ignored = ignored_classes
         # Buffers of data sets that are being collected, to be used again: their pages are there already.
         self._spare: list[BlockBuffer] = []
@@ -242,10 +243,10 @@ class Reception:
             with self._intake.space.holding(size) as room:
                 if room or self._intake.space.wait_for(0):
                     with self._collected as data:
-                        return self._judge(scan(data, self._arrival.transfer_syntax_uid))
+                        return self._judge(self._intake.layouts.scan(data, self._arrival.transfer_syntax_uid))
         elif self._intake.space.wait_for(0):
             with self._file.view() as view:
-                seen = scan(view, self._arrival.transfer_syntax_uid)
+                seen = self._intake.layouts.scan(view, self._arrival.transfer_syntax_uid)
             return self._judge(seen)
         self._refuse("disk space low")
         return self._refused or Answer(status=OUT_OF_RESOURCES)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import secrets
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from pydantic_core import to_json
 
 from clarion.adapters.files import make_folder, map_page
 from clarion.adapters.objects import segment_path
@@ -40,8 +40,6 @@ log = structlog.get_logger()
 
 # Smaller ones are as fast through the cache, together with those beside them.
 _PAST_CACHE_BYTES = 64 * 2**10
-
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class JournalWriter:
@@ -93,7 +91,7 @@ class JournalWriter:
 
         What lies at the beginning of a BlockBuffer is written past the page cache where that pays.
         """
-        body = _encode({"kind": kind, **fields}).encode()
+        body = to_json({"kind": kind, **fields})
         if len(body) > journal.MAX_BODY_BYTES:
             raise StoreUnavailableError(f"a journal record of {len(body)} bytes is too large")
         try:
@@ -176,7 +174,7 @@ class JournalWriter:
         self._number += 1
         opened = Segment(self.folder, self._number, take_freed(self.folder), self._synced)
         said = {"ends": self._ends, "torn": self._torn}
-        body = _encode({"kind": journal.OPENED, **said}).encode()
+        body = to_json({"kind": journal.OPENED, **said})
         self._segment = opened
         self._key = secrets.token_bytes(journal.KEY_BYTES)
         opened.write((journal.encode_key(self._key),))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from clarion.adapters.files import free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from clarion.config import IntakeConfig
@@ -94,22 +93,42 @@ class Space:
                 self._short_since = 0.0
         return True
 
-    @contextmanager
-    def holding(self, size: int) -> Iterator[bool]:
+    def holding(self, size: int) -> _Holding:
         """Count `size` bytes as used for the block; gives whether there is room for them."""
+        return _Holding(self, size)
+
+    def hold(self, size: int) -> bool:
+        """Count `size` bytes as being received, until `let_go`; tell whether there is room for them."""
         with self._lock:
             room = self.available(size)
             if room:
                 self._short_since = 0.0
             self._held.add(size)
-        try:
-            yield room
-        finally:
-            with self._lock:
-                self._held.add(-size)
-                self._spare -= size
+        return room
+
+    def let_go(self, size: int) -> None:
+        """What was held has been written."""
+        with self._lock:
+            self._held.add(-size)
+            self._spare -= size
 
     def spend(self, size: int) -> None:
         """Count bytes that were just written, until the disk is asked again."""
         with self._lock:
             self._spare -= size
+
+
+class _Holding:
+    """A block for which bytes are held: for every instance that comes, so no generator."""
+
+    __slots__ = ("_size", "_space")
+
+    def __init__(self, space: Space, size: int) -> None:
+        self._space = space
+        self._size = size
+
+    def __enter__(self) -> bool:
+        return self._space.hold(self._size)
+
+    def __exit__(self, *_: object) -> None:
+        self._space.let_go(self._size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.wire.pdu import INVALID_PARAMETER, PduError, plain
 
@@ -30,26 +30,68 @@ MAX_COMMENT = 64
 _ELEMENT = struct.Struct("<HHI")
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
+# Layouts that a Reader remembers: of commands as they are, and of so many sizes at a time.
+_MOST_ELEMENTS = 32
+_MOST_SIZES = 32
 
 
-def parse(data: bytes | bytearray) -> dict[int, bytes]:
+class _Place(NamedTuple):
+    """An element of a command set, and where its value lies."""
+
+    group: int
+    number: int
+    begin: int
+    end: int
+
+
+def parse(data: bytes) -> dict[int, bytes]:
     """Read a command set: element number to value, as it came. Elements of other groups are passed over.
 
     Raises PduError where the elements do not end with the bytes, or the command field is missing.
     """
-    found: dict[int, bytes] = {}
+    return _values(data, _walk(data))
+
+
+def _walk(data: bytes) -> list[_Place]:
+    places: list[_Place] = []
     position, size = 0, len(data)
     while position + _ELEMENT.size <= size:
         group, number, length = _ELEMENT.unpack_from(data, position)
-        position += _ELEMENT.size
-        if position + length > size:
-            break
-        if group == 0:
-            found[number] = bytes(data[position : position + length])
-        position += length
-    if position != size or len(found.get(FIELD, b"")) != _U16.size:
+        begin = position + _ELEMENT.size
+        position = begin + length
+        places.append(_Place(group, number, begin, position))
+    if position != size:
         raise PduError(INVALID_PARAMETER, "a command set that cannot be read")
+    return places
+
+
+def _values(data: bytes, places: list[_Place]) -> dict[int, bytes]:
+    found = {number: data[begin:end] for group, number, begin, end in places if group == 0}
+    if len(found.get(FIELD, b"")) != _U16.size:
+        raise PduError(INVALID_PARAMETER, "a command set without a command field")
     return found
+
+
+class Reader:
+    """Reads the command sets of one association; one whose headers are those of one before is not walked again."""
+
+    def __init__(self) -> None:
+        # By size: how to take the headers out, what they are, and where the values lie.
+        self._known: dict[int, tuple[struct.Struct, tuple[bytes, ...], list[_Place]]] = {}
+
+    def parse(self, data: bytes) -> dict[int, bytes]:
+        """Read a command set: what `parse` gives, and raises."""
+        known = self._known.get(len(data))
+        if known is not None and known[0].unpack(data) == known[1]:
+            return _values(data, known[2])
+        places = _walk(data)
+        found = _values(data, places)
+        if len(places) <= _MOST_ELEMENTS:
+            if len(self._known) >= _MOST_SIZES:
+                self._known.clear()
+            headers = struct.Struct("".join(f"{_ELEMENT.size}s{one.end - one.begin}x" for one in places))
+            self._known[len(data)] = headers, headers.unpack(data), places
+        return found
 
 
 def number(command: Mapping[int, bytes], element: int) -> int | None:

@@ -249,7 +249,7 @@ def _ended_tls(error: ssl.SSLError) -> str:
 
 def _parsed(command: bytearray) -> dict[int, bytes]:
     try:
-        return commands.parse(command)
+        return commands.parse(bytes(command))
     except PduError as error:
         raise DialogueError(str(error)) from error
 
