@@ -22,7 +22,9 @@ from support.processes import start_orthanc, wait_for_port
 from support.system import System, describe, running
 from support.world import free_port
 
+from clarion.adapters.outbox import events_table
 from clarion.dicom import split_part10
+from clarion.events import InstanceStored
 from clarion.model import ObjectRef
 from console.checks import check_config
 from gateway import tables
@@ -47,6 +49,8 @@ class Receiver:
     pids: Callable[[], list[int]]
     settle: Callable[[int], None]
     read_back: Callable[[], Callable[[str], bytes | None]] | None
+    events: Callable[[], int | None] = lambda: None
+    """Counts the events of stored instances, where there are such."""
     rest: Callable[[], None] = lambda: None
     """Waits until it stands as between two studies: what it prepares in idle moments is there."""
 
@@ -124,6 +128,7 @@ def _clarion(root: Path, stack: ExitStack, max_associations: int) -> Receiver:
         pids=lambda: [system.supervisor.pid_of(one) for one in stages],
         settle=lambda count: settle(system, count, 300),
         read_back=read_back,
+        events=lambda: _events(system),
         rest=rest,
     )
 
@@ -138,6 +143,13 @@ def stored(system: System) -> int:
     """Count the instances that the grouping owner has taken."""
     with system.database.reading() as connection:
         return int(connection.execute(sa.select(sa.func.count()).select_from(tables.instances)).scalar_one())
+
+
+def _events(system: System) -> int:
+    table = events_table
+    with system.database.reading() as connection:
+        query = sa.select(sa.func.count()).where(table.c.kind == InstanceStored.kind)
+        return int(connection.execute(query).scalar_one())
 
 
 def settle(system: System, count: int, longest_s: float) -> None:
