@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TICK = os.sysconf("SC_CLK_TCK")
 SYNC_C = Path(__file__).parent / "sync_on_close.c"
+NO_SYNC_C = Path(__file__).parent / "no_sync.c"
 
 
 @dataclass
@@ -98,6 +99,12 @@ def start(name: str, root: Path, stack: ExitStack, *, max_associations: int = 10
     root.mkdir(parents=True)
     if name == "clarion":
         return _clarion(root, stack, max_associations)
+    if name == "clarion-written":
+        os.environ["LD_PRELOAD"] = str(_preload(root.parent, NO_SYNC_C))
+        try:
+            return replace(_clarion(root, stack, max_associations), label="N")
+        finally:
+            del os.environ["LD_PRELOAD"]
     if name == "orthanc":
         return _orthanc(root, stack)
     return _storescp(name, root, stack)
@@ -179,7 +186,7 @@ def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:
     port = free_port()
     environment = dict(ENVIRONMENT)
     if name == "dcmtk-sync":
-        environment["LD_PRELOAD"] = str(_preload(root.parent))
+        environment["LD_PRELOAD"] = str(_preload(root.parent, SYNC_C))
     elif name == "dcmtk-stock":
         del environment["TCP_NODELAY"]
     best = ["+B", "-pdu", "131072"] if name != "dcmtk-stock" else []
@@ -203,10 +210,10 @@ def _storescp(name: str, root: Path, stack: ExitStack) -> Receiver:
     )
 
 
-def _preload(folder: Path) -> Path:
-    library = folder / "sync_on_close.so"
+def _preload(folder: Path, source: Path) -> Path:
+    library = folder / f"{source.stem}.so"
     if not library.exists():
-        command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(SYNC_C), "-ldl"]
+        command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source), "-ldl"]
         subprocess.run(command, check=True)
     return library
 

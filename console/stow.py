@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from clarion.model import is_uid
@@ -71,6 +73,12 @@ class Stow:
         @application.post("/{called}/studies/{study}")
         async def store_study(request: Request, called: str, study: str) -> Response:
             return await self._store(request, called, study)
+
+        # Who is turned away may not be done sending: nothing more of the body is read, however much there is.
+        @application.exception_handler(StarletteHTTPException)
+        async def turn_away(request: Request, error: StarletteHTTPException) -> Response:
+            error.headers = {**(error.headers or {}), "Connection": "close"}
+            return await http_exception_handler(request, error)
 
         return application
 

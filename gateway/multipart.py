@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MOST_HEADER_BYTES = 16 * 1024
+_MOST_PASSED_OVER = 64 * 2**10
 _MOST_PADDING = 256
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 
@@ -58,10 +59,13 @@ class Multipart:
         self._buffer = bytearray(b"\r\n")
         self._step = self._preamble
         self._ended = False
+        # Of what stands before the first boundary and behind the last.
+        self._passed_over = 0
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the body."""
         if self._ended:
+            self._pass_over(len(data))
             return  # an epilogue says nothing
         self._buffer += data
         while not self._ended and self._step():
@@ -75,11 +79,17 @@ class Multipart:
     def _preamble(self) -> bool:
         at = self._buffer.find(self._delimiter)
         if at < 0:
+            self._pass_over(max(0, len(self._buffer) - len(self._delimiter) + 1))
             del self._buffer[: -len(self._delimiter) + 1]
             return False
         del self._buffer[: at + len(self._delimiter)]
         self._step = self._boundary
         return True
+
+    def _pass_over(self, count: int) -> None:
+        self._passed_over += count
+        if self._passed_over > _MOST_PASSED_OVER:
+            raise MultipartError("more than 64 KiB before the first boundary or behind the last")
 
     def _boundary(self) -> bool:
         """Behind a boundary: the end, or padding and the end of the line."""

@@ -78,8 +78,9 @@ class Upload:
         self._head = bytearray()
         self._reception: Reception | None = None
         self._arrival: Arrival | None = None
-        # Once it is known that a part cannot be taken, the rest of it is read and dropped.
+        # Once it is known that a part cannot be taken, the rest is read and dropped, up to as much as a part may have.
         self._refused: Answer | None = None
+        self._dropped = 0
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the body."""
@@ -124,6 +125,7 @@ class Upload:
             raise MultipartError(f"more than {MOST_INSTANCES} instances in one request")
         self._head.clear()
         self._arrival = self._refused = None
+        self._dropped = 0
         kind, _ = parameters_of(headers.get("content-type", "application/dicom"))
         if kind != "application/dicom":
             self._refuse(CANNOT_UNDERSTAND, "a part that is no application/dicom")
@@ -131,6 +133,9 @@ class Upload:
     def take(self, piece: memoryview) -> None:
         """Take some of the part."""
         if self._refused is not None:
+            self._dropped += len(piece)
+            if self._dropped > self._max_bytes:
+                raise MultipartError("a part that does not end, far above gateway.scp.max_instance_gb")
             return
         if self._reception is None:
             self._head += piece

@@ -274,23 +274,28 @@ def test_a_thousand_silent_and_a_thousand_half_spoken_connections(tmp_path: Path
         assert resident() - before < 64 * 2**20
 
 
-def test_dripping_is_cut_and_slowness_is_not(at: Serving) -> None:
-    """F12: one byte now and then inside a PDU is no progress; 64 KiB within each deadline is."""
-    with ExitStack() as stack:
+def test_dripping_is_cut_and_slowness_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F12: one byte now and then inside a PDU is no progress; 64 KiB within each deadline is. A hundred of either."""
+    monkeypatch.setattr(intake_module, "STALL_S", 2.0)
+    with serving(tmp_path, scp={"max_associations": 250}) as at, ExitStack() as stack:
         drips = [stack.enter_context(associated(at.port)) for _ in range(100)]
-        honest = stack.enter_context(associated(at.port))
-        data = data_set("1.2.5", 400_000)
-        frame = pdu.p_data(1, pdu.COMMAND, store_request("1.2.5")) + pdu.p_data(1, 0, data, pdu.MAX_LENGTH)
+        honest = [stack.enter_context(associated(at.port)) for _ in range(100)]
+        frames = []
+        for number in range(len(honest)):
+            uid = f"1.2.5.{number}"
+            data = pdu.p_data(1, 0, data_set(uid, 600_000), pdu.MAX_LENGTH)
+            frames.append(pdu.p_data(1, pdu.COMMAND, store_request(uid)) + data)
         for one in drips:
             one.say(pdu.HEADER.pack(pdu.P_DATA, 1000))
-        for place in range(0, len(frame), 20_000):
+        for place in range(0, max(map(len, frames)), 60_000):
             for one in drips:
                 with suppress(OSError):
                     one.say(b"\0")
-            honest.say(frame[place : place + 20_000])
+            for one, frame in zip(honest, frames, strict=True):
+                one.say(frame[place : place + 60_000])
             pause(0.2)
-        assert honest.status() == 0
-        until(lambda: at.board.associations == 1, "every drip is cut")
+        assert [one.status() for one in honest] == [0] * 100
+        until(lambda: at.board.associations == 100, "every drip is cut, and nobody else")
 
 
 def test_two_thousand_resets(at: Serving) -> None:

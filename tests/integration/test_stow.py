@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
@@ -245,6 +246,55 @@ def test_a_large_instance_takes_no_memory(stow: Stow) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30 * 1024
     stored = [fields for kind, fields in stow.journalled() if kind == "stored"]
     assert stored[0]["object"]["size_bytes"] > size
+
+
+def _endless(head: bytes) -> Iterator[bytes]:
+    yield head
+    for _ in range(200):
+        yield bytes(2**20)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"--bb\r\nContent-Type: application/dicom\r\n\r\n%b", "does not end"),
+        (b"--bb\r\nContent-Type: text/plain\r\n\r\n", "does not end"),
+        (b"--bb\r\nX: ", "header fields"),
+        (b"not a boundary", "before the first boundary"),
+        (b"--bb\r\nContent-Type: application/dicom\r\n\r\n%b\r\n--bb--\r\n", "behind the last"),
+    ],
+)
+def test_an_endless_body_is_cut_at_the_cap(head: bytes, said: str, tmp_path: Path) -> None:
+    """F15 by STOW-RS: 200 MiB where 3 MB may come. Bites: read and drop until the client is done."""
+    stow = Stow(tmp_path, scp={"max_instance_gb": 0.003})
+    uid, heard = "1.2.1", b""
+    begun = head.replace(b"%b", file(uid)[:-100] if said == "does not end" else file(uid))
+    request = (
+        f"POST /B/studies HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {multipart()[1]}\r\n"
+        f"Content-Length: {2**40}\r\n\r\n"
+    )
+    sent = 0
+    try:
+        with socket.create_connection(("127.0.0.1", stow.port), timeout=30) as peer:
+            peer.sendall(request.encode())
+            with contextlib.suppress(OSError):
+                for piece in _endless(begun):
+                    peer.sendall(piece)
+                    sent += len(piece)
+            with contextlib.suppress(OSError):
+                heard = peer.recv(65536)
+        assert sent < 100 * 2**20
+        assert not heard or (b" 400 " in heard and said.encode() in heard)
+        for _ in range(500):
+            if not stow.stage.facts()["requests"]:
+                break
+            pause(0.01)
+        assert stow.stage.facts()["requests"] == 0
+        assert set(stow.kept()) == ({uid} if said == "behind the last" else set())
+        incoming = tmp_path / "objects" / "incoming"
+        assert not incoming.exists() or not list(incoming.iterdir())
+    finally:
+        stow.stage.drain()
 
 
 def test_short_disk_is_said_before_anything_is_read_and_ends_by_itself(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def text() -> str:
     return f"""# DICOM conformance statement
 
 In the layout of PS3.2. Generated from the code by `tests/tools/write_conformance.py`; each row of the acceptor is
-checked against a live association (`tests/integration/test_conformance.py`).
+checked against a live association (`tests/integration/test_conformance.py`, `test_conformance_rows.py`).
 
 ## 1. Overview
 
