@@ -1,4 +1,4 @@
-"""P9, P13, P24: what is counted and not timed: the owner's share of the CPU, memory while a gigabyte comes, syncs."""
+"""P9, P13, P23, P24: what is counted and not timed: the owner's share of the CPU, memory, system calls, syncs."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def main() -> None:
             ours = start("clarion", Path(root) / "clarion", stack)
             print(json.dumps({"P9 CPU of owner : CPU of receiving, small": _owner(ours)}))
             print(json.dumps(_gigabyte(ours)))
+        print(json.dumps({"P23 system calls for each instance, 1 association": _calls(Path(root))}))
         print(json.dumps({"P24 syncs for each small instance": _syncs(Path(root))}))
 
 
@@ -91,20 +92,32 @@ def _resident(pid: int) -> int:
 
 def _syncs(root: Path) -> dict[str, float]:
     """Count fdatasync with strace while one, four, eight and thirty-two associations send at once."""
-    found = {}
-    for conc in (1, 4, 8, 32):
-        folder = root / f"syncs{conc}"
-        config = describe(folder, scp={"port": free_port(), "max_associations": 100})
-        port = check_config(config).config.gateway.scp.port
-        trace = folder / "trace"
-        # Without the filter in the kernel every call would stop, and hardly any two would share a sync.
-        strace = [str(need(Path("/usr/bin/strace"), "strace")), "-f", "--seccomp-bpf", "-e", "trace=fdatasync"]
-        process = intake_alone(config, [*strace, "-o", str(trace)])
-        time.sleep(1)
-        before = trace.read_text().count("fdatasync(")
-        load.run(port, "CHEST", "small", [1600 // conc] * conc, first=0)
-        found[str(conc)] = round((trace.read_text().count("fdatasync(") - before) / 1600, 2)
-        drain_traced(process)
+    # Without the filter in the kernel every call would stop, and hardly any two would share a sync.
+    only = ["--seccomp-bpf", "-e", "trace=fdatasync"]
+    return {str(conc): _traced(root / f"syncs{conc}", only, r" fdatasync\(", "small", conc) for conc in (1, 4, 8, 32)}
+
+
+def _calls(root: Path) -> dict[str, float]:
+    """Count every call of receiving, in the steady state."""
+    return {kind: _traced(root / f"calls-{kind}", [], r"^\d+ +[a-z0-9_]+\(", kind, 1) for kind in ("small", "ct")}
+
+
+def _traced(folder: Path, options: list[str], pattern: str, kind: str, conc: int) -> float:
+    """Let intake receive under strace; give the calls of a pattern for each instance."""
+    count = {"small": 1600, "ct": 400}[kind]
+    config = describe(folder, scp={"port": free_port(), "max_associations": 100})
+    port = check_config(config).config.gateway.scp.port
+    trace = folder / "trace"
+    strace = str(need(Path("/usr/bin/strace"), "strace"))
+    process = intake_alone(config, [strace, "-f", *options, "-o", str(trace)])
+    seen = re.compile(pattern, re.MULTILINE)
+    # The first ones begin a segment, and an association.
+    load.run(port, "CHEST", kind, [10] * conc, first=10**6)
+    time.sleep(1)
+    before = len(seen.findall(trace.read_text()))
+    load.run(port, "CHEST", kind, [count // conc] * conc, first=0)
+    found = round((len(seen.findall(trace.read_text())) - before) / count, 2)
+    drain_traced(process)
     return found
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.raw import CONTEXTS, CT, EXPLICIT, Raw, associated, data_set, store_request
 from support.scp import Serving, serving
+from support.world import pause
 
 from gateway import space as space_module
 from gateway.access import AccessList
@@ -190,3 +191,38 @@ def test_each_status_is_answered_when_the_statement_says(status: str, tmp_path: 
 
 def test_no_status_is_without_a_case() -> None:
     assert set(rows("status")) == set(STATUSES)
+
+
+# Places ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_has_its_share_and_no_more(tmp_path: Path) -> None:
+    """Bites: count all addresses as one, or never give a place back."""
+    scp = {"max_associations": 20, "max_associations_per_address": 2}
+    with serving(tmp_path, scp=scp, sources=[{**SOURCE, "host": "127.0.0.0/8"}]) as at:
+        with associated(at.port), associated(at.port):
+            with Raw(at.port) as third:
+                assert rejection(third) == CHECKS["`association-limit`"]
+            with Raw(at.port, source="127.0.0.2") as elsewhere:
+                elsewhere.associate()
+                assert elsewhere.echo() == 0
+        for _ in range(200):
+            if at.board.associations == 0:
+                break
+            pause(0.05)
+        with associated(at.port) as again:
+            assert again.echo() == 0
+
+
+def test_places_are_kept_for_who_is_known(tmp_path: Path) -> None:
+    """Of ten, two. Bites: let who is unknown have them all."""
+    scp = {"max_associations": 10, "reject_unknown_sources": False}
+    with serving(tmp_path, scp=scp) as at, ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(Raw(at.port)).associate(calling="STRANGER")
+        with Raw(at.port) as ninth:
+            assert rejection(ninth, pdu.request("B", "STRANGER", CONTEXTS)) == CHECKS["`association-limit`"]
+        for _ in range(2):
+            stack.enter_context(associated(at.port))
+        with Raw(at.port) as eleventh:
+            assert rejection(eleventh) == CHECKS["`association-limit`"]

@@ -55,8 +55,8 @@ def echo_request(message: int = 7) -> bytes:
 class Raw:
     """A connection on which PDUs are said and heard; use it in a `with` block."""
 
-    def __init__(self, port: int, timeout_s: float = 20.0) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout_s)
+    def __init__(self, port: int, timeout_s: float = 20.0, source: str | None = None) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout_s, (source, 0) if source else None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def __enter__(self) -> Self:
