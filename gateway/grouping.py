@@ -114,7 +114,7 @@ class Grouping:
         self._most = _BATCH
         # Whether the last batch left records in the journal.
         self._behind = False
-        self._lull = Lull(self._ends, clock.monotonic)
+        self._lull = Lull(self._ends)
         self._backlog = _Backlog()
         # Where an object could not be read, how often, and since when.
         self._unreadable: tuple[journal.Position, int, float] | None = None

@@ -8,6 +8,7 @@ what it costs beside intake, and intake two thirds (docs/performance.md). A stre
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,24 +27,30 @@ class Lull:
     def __init__(
         self,
         ends: Callable[[], object],
-        monotonic: Callable[[], float],
+        monotonic: Callable[[], float] = time.monotonic,
         wait: Callable[[float], object] = lambda seconds: threading.Event().wait(seconds),
     ) -> None:
         self._ends = ends
         self._monotonic = monotonic
         self._wait = wait
         self._since: float | None = None
+        # How far the journal was when it was last seen to move, and when that was.
         self._seen: object = None
+        self._moved = 0.0
 
     def all_taken(self) -> None:
         """Everything that was in the journal has been taken: from now on records come together."""
-        self._since, self._seen = self._monotonic(), None
+        self._since = self._monotonic()
 
     def is_here(self) -> bool:
-        """Wait a moment unless it is time to work; tell whether it is."""
-        if self._since is None or self._monotonic() - self._since >= LONGEST_S:
+        """Tell whether it is time to work; waits a moment if it is not."""
+        now = self._monotonic()
+        if self._since is None or now - self._since >= LONGEST_S:
+            return True
+        ends = self._ends()
+        if ends != self._seen:
+            self._seen, self._moved = ends, now
+        if now - self._moved >= _LOOK_S and now - self._since >= _SHORTEST_S:
             return True
         self._wait(_LOOK_S)
-        ends = self._ends()
-        still, self._seen = ends == self._seen, ends
-        return still and self._monotonic() - self._since >= _SHORTEST_S
+        return False

@@ -62,5 +62,6 @@ def test_a_stream_that_never_ends_is_worked_off() -> None:
     assert LONGEST_S <= waited <= LONGEST_S + 0.1
     # As long as not all is taken it works on, whatever comes.
     assert lull.is_here()
+    assert lull.is_here()
     lull.all_taken()
     assert not lull.is_here()
