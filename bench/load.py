@@ -17,6 +17,7 @@ from data import CONTEXTS, EXPLICIT, PDU_LENGTH, frames
 from gateway.wire import pdu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _RESPONSE = 6
@@ -100,10 +101,20 @@ def is_success(kind: int, answer: bytes) -> bool:
     return kind == pdu.P_DATA and at > 0 and answer[at + 8 : at + 10] == b"\0\0"
 
 
-def run(port: int, called: str, kind: str, counts: list[int], first: int, *, series: int = 0) -> list[Load]:
+def run(
+    port: int,
+    called: str,
+    kind: str,
+    counts: list[int],
+    first: int,
+    *,
+    series: int = 0,
+    began: Callable[[], object] = lambda: None,
+) -> list[Load]:
     """Send over as many associations as there are counts, all beginning together; instances are numbered on.
 
-    Each association has a study of its own, the first that with the number `series`.
+    Each association has a study of its own, the first that with the number `series`. `began` is called when all
+    are ready.
     """
     children = []
     for index, count in enumerate(counts):
@@ -126,6 +137,7 @@ def run(port: int, called: str, kind: str, counts: list[int], first: int, *, ser
         children.append((pid, ours, read))
     for _, ours, _ in children:
         ours.recv(1)
+    began()
     for _, ours, _ in children:
         ours.send(b"g")
     loads = []

@@ -33,7 +33,7 @@ from send import sinking  # noqa: E402
 from validity import ROUNDS, mark, scattered  # noqa: E402
 
 # Instances per run, over all associations: long enough to count, short enough to repeat.
-_COUNTS = {"ct": 2800, "small": 8000, "tiny": 8000, "big": 8}
+_COUNTS = {"ct": 5600, "small": 8000, "tiny": 8000, "big": 8}
 # Slower and faster ones get so much of it.
 _SHARE = {
     ("orthanc", "small"): 0.1,
@@ -135,10 +135,15 @@ def _run(name: str, root: Path, kind: str, conc: int, options: argparse.Namespac
         load.run(receiver.port, receiver.called, kind, [warm // conc] * conc, first=0)
         receiver.settle(warm)
         receiver.rest()
-        cpu, busy, begun = receiver.cpu(), _all_cpu(), time.monotonic()
-        loads = load.run(receiver.port, receiver.called, kind, each, first=warm)
-        ours = receiver.cpu() - cpu + sum(one.cpu for one in loads)
-        foreign = (_all_cpu() - busy - ours) / (time.monotonic() - begun) / (os.cpu_count() or 1)
+        cpu, begun = receiver.cpu(), [0.0, 0.0, 0.0]
+
+        def began(receiver: Receiver = receiver, begun: list[float] = begun) -> None:
+            begun[:] = receiver.cpu(), _all_cpu(), time.monotonic()
+
+        loads = load.run(receiver.port, receiver.called, kind, each, first=warm, began=began)
+        busy, elapsed = _all_cpu() - begun[1], time.monotonic() - begun[2]
+        ours = receiver.cpu() - begun[0] + sum(one.cpu for one in loads)
+        foreign = (busy - ours) / elapsed / (os.cpu_count() or 1)
         receiver.settle(warm + sum(each))
         spent = receiver.cpu() - cpu
         seconds = max(one.ended for one in loads) - min(one.begun for one in loads)
