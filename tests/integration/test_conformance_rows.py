@@ -28,15 +28,17 @@ PRIVATE = "1.2.826.0.1.3680043.9.1.1"
 
 def rows(heading: str) -> dict[str, str]:
     """The rows of the table whose head begins so: first column to second."""
+    return dict(cells_of(heading))
+
+
+def cells_of(heading: str) -> list[list[str]]:
     lines = STATEMENT.read_text().split(f"\n| {heading} |")[1].split("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return dict(cells)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def checks() -> dict[str, str]:
     """The table of rejections, by the check: several have the same codes."""
-    lines = STATEMENT.read_text().split("\n| A-ASSOCIATE-RJ |")[1].split("\n\n")[0].splitlines()[2:]
-    return {line.split("|")[2].strip(): line.split("|")[1].strip() for line in lines}
+    return {check: codes for codes, check in cells_of("A-ASSOCIATE-RJ")}
 
 
 CHECKS = checks()
