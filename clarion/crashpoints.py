@@ -22,6 +22,7 @@ EFFECTS = (
     "store.publish",
     "store.remove",
     "journal.write",
+    "journal.allocate",
     "journal.writeblocks",
     "journal.sync",
     "journal.rotate",

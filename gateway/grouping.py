@@ -290,6 +290,8 @@ class Grouping:
                 return self._check(entry, self._store.read(ref), syntax)
             head = entry.head or self._store.read_head(ref, journal.HEAD_BYTES)
             attributes = read_head(head, ref.size_bytes, syntax)
+            if attributes is None and len(head) < journal.HEAD_BYTES:
+                attributes = read_head(self._store.read_head(ref, journal.HEAD_BYTES), ref.size_bytes, syntax)
             if attributes is None:
                 attributes = read_attributes(self._store.read(ref), syntax)
             return _Prepared(entry, attributes)

@@ -40,6 +40,8 @@ CANNOT_UNDERSTAND = 0xC000
 # Up to this a data set lies in the journal's segment, with its record, and one sync makes both durable; what is larger
 # has a file of its own, so that memory does not grow with it. A CT slice is half as large; a segment holds 64.
 COLLECTED_BYTES = 2**20
+# So much is digested at a time: pieces as they come are a quarter dearer, and all of it at the end has left the cache.
+_DIGESTED_BYTES = 256 * 2**10
 # How often a large data set that is being written asks for room.
 _LOOK_FOR_ROOM_BYTES = 16 * 2**20
 # So many data sets are in a process's memory at most; when they are in use, others go to files.
@@ -153,6 +155,8 @@ class Reception:
         self._buffer = intake.lend()
         self._file: IncomingFile | None = None
         self._looked = self._kept = 0
+        # How much of what is in the buffer has been digested.
+        self._digested = 0
         # Once it is known that the data set cannot be kept, the rest of it is read and dropped.
         self._refused: Answer | None = None
         self.size = 0
@@ -165,10 +169,15 @@ class Reception:
 
     def placed(self, count: int) -> None:
         """So much has been put into the last `room`."""
-        if self._buffer is not None:
-            self._digest.update(self._buffer.data[self.size : self.size + count])
         self.size += count
         self._kept = self.size
+        if self.size - self._digested >= _DIGESTED_BYTES:
+            self._digest_to(self.size // _DIGESTED_BYTES * _DIGESTED_BYTES)
+
+    def _digest_to(self, end: int) -> None:
+        if self._buffer is not None and end > self._digested:
+            self._digest.update(self._buffer.data[self._digested : end])
+            self._digested = end
 
     def write(self, piece: bytes | memoryview) -> None:
         """Take the next piece; it may be overwritten afterwards. Never raises: `finish` says what went wrong."""
@@ -176,13 +185,14 @@ class Reception:
         if self._refused is not None:
             return
         try:
-            self._digest.update(piece)
-            if self._file is not None:
-                self._write_file(self._file, piece)
-                return
             if self._buffer is not None and self.size <= COLLECTED_BYTES:
                 self._buffer.data[self.size - len(piece) : self.size] = piece
                 self._kept = self.size
+                return
+            self._digest_to(self._kept)
+            self._digest.update(piece)
+            if self._file is not None:
+                self._write_file(self._file, piece)
             elif not self._ignored:
                 self._spill(piece)
         except StoreUnavailableError as error:
@@ -280,6 +290,7 @@ class Reception:
 
     def _keep(self, kind: str, fields: dict[str, object]) -> None:
         """Make the data set and its record durable: in one, or the file before the record."""
+        self._digest_to(self._kept)
         digest = digests.finish(self._digest)
         if self._file is not None:
             ref = self._file.keep(digest)

@@ -27,6 +27,7 @@ from blake3 import blake3
 from clarion.adapters.objects import offset_of, segment_location, segment_path
 from clarion.errors import ConfigError
 from gateway.blocks import BLOCK_BYTES, to_blocks
+from gateway.recents import RecentReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,7 @@ class Entry(NamedTuple):
     """One record: when it was journalled, its kind, its fields, the log it is from and the position after it.
 
     `begin` is the offset in its segment, `since` that of the end of the record before. `head` is the beginning of the
-    data set that lies in the record, at most HEAD_BYTES; empty if none does.
+    data set that lies in the record, at most HEAD_BYTES, less of what was just written; empty if none does.
     """
 
     time: datetime
@@ -179,7 +180,7 @@ def read(folder: Path, start: Position, limit: int) -> Iterator[Entry]:
 def _read_segment(folder: Path, number: int, offset: int, end: Position, numbers: list[int]) -> Iterator[Entry]:
     try:
         limit, torn = (end.offset, _NONE) if number == end.segment else _announced(folder, number, numbers)
-        file = SegmentFile(folder, number)
+        file = SegmentFile(folder, number, RecentReader(folder))
     except FileNotFoundError:
         return
     with file:
@@ -221,13 +222,16 @@ def opening(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 class SegmentFile:
-    """A segment being read. Use it in a `with` block. Raises FileNotFoundError."""
+    """A segment being read, what was just written from `recents`, which it closes. Raises FileNotFoundError."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, recents: RecentReader | None = None) -> None:
         self._log = folder.name
         self._number = number
+        self._recents = recents
         self._file = os.open(segment_path(folder, number), os.O_RDONLY)
         self._window, self._from, self._reach = b"", 0, _WINDOW
+        # The sequence number of the record read last; whether the window holds the beginning of a recent one.
+        self._sequence, self._recent = 0, False
         self._size = os.fstat(self._file).st_size
         beginning = os.pread(self._file, FIRST_OFFSET, 0)
         whole = len(beginning) == FIRST_OFFSET and beginning.startswith(_KEY_MAGIC)
@@ -238,6 +242,8 @@ class SegmentFile:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+        if self._recents is not None:
+            self._recents.close()
 
     def entries(self, offset: int, limit: int, torn: frozenset[int]) -> Iterator[Entry]:
         """Give the records between two offsets; what is no whole record there, and not known to be torn, is damage."""
@@ -284,10 +290,12 @@ class SegmentFile:
         return entry
 
     def _decode(self, offset: int, limit: int) -> Entry | None:
-        at = self._at(offset, _HEAD.size)
+        at = self._at_head(offset)
         if self._key is None or len(self._window) - at < _HEAD.size:
             return None
-        magic, seal, number, _, microseconds, body_bytes, data_bytes, *left_out = _HEAD.unpack_from(self._window, at)
+        magic, seal, number, sequence, microseconds, body_bytes, data_bytes, *left_out = _HEAD.unpack_from(
+            self._window, at
+        )
         before, within, behind = left_out
         body_end = offset + _HEAD.size + body_bytes
         end = body_end + within + data_bytes
@@ -297,12 +305,15 @@ class SegmentFile:
         if body_bytes > MAX_BODY_BYTES or after > min(limit, self._size):
             return None
         head_bytes = min(data_bytes, HEAD_BYTES)
+        if self._recent:
+            head_bytes = min(head_bytes, len(self._window) - at - _HEAD.size - body_bytes - within)
         at = self._at(offset, body_end - offset + within + head_bytes)
         begin = at + _HEAD.size + body_bytes
         sealed = memoryview(self._window)[at + _SEALED_FROM : begin]
         if len(sealed) != _HEAD.size + body_bytes - _SEALED_FROM or _seal(self._key, sealed) != seal:
             return None
         self._reach = _WINDOW if after - offset < _WINDOW else _STRIDE
+        self._sequence = sequence
         fields = json.loads(self._window[at + _HEAD.size : begin])
         if data_bytes:
             fields["object"]["location"] = segment_location(self._log, self._number, end - data_bytes)
@@ -318,10 +329,19 @@ class SegmentFile:
             head=self._window[begin + within : begin + within + head_bytes],
         )
 
+    def _at_head(self, offset: int) -> int:
+        """Have the head of a record in the window, where it was just written with much that follows it there."""
+        if self._recents is not None and self._key is not None and self._reach == _STRIDE:
+            found = self._recents.find(self._key, self._sequence + 1, offset)
+            if found is not None:
+                self._window, self._from, self._recent = found, offset, True
+        return self._at(offset, _HEAD.size)
+
     def _at(self, offset: int, wanted: int) -> int:
         """Have `wanted` bytes from an offset on in the window, as far as there are any; give their place in it."""
         if offset < self._from or offset + wanted > self._from + len(self._window):
             self._window, self._from = os.pread(self._file, max(wanted, self._reach), offset), offset
+            self._recent = False
         return offset - self._from
 
     def _next_whole(self, offset: int, limit: int) -> int:

@@ -24,6 +24,7 @@ from clarion.errors import ResourceBusyError, StoreUnavailableError
 from gateway import journal
 from gateway.blocks import BLOCK_BYTES, to_blocks
 from gateway.journal import Position
+from gateway.recents import RecentWriter
 from gateway.segments import SEGMENT_BYTES, Segment, take_freed
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class JournalWriter:
         """How many segments of the log have been filled, about."""
         try:
             self._end = _CommittedEnd(folder)
+            self._recents = RecentWriter(folder)
             self._ends, self._torn = recover(folder)
             with self._writing:
                 segment = self._usable(0)
@@ -120,6 +122,7 @@ class JournalWriter:
             self._segment = None
             self._lock_file.close()
             self._end.close()
+            self._recents.close()
 
     def _append(self, body: bytes, data: Buffer, lying_in: BlockBuffer | None = None) -> datetime:
         with self._writing:
@@ -128,11 +131,17 @@ class JournalWriter:
             segment = self._usable(len(body) + len(data) + 3 * BLOCK_BYTES)  # type: ignore[arg-type]  # bytes or like it
             now = self._clock.now()
             self._appended = time.monotonic()
-            record = self._frame(segment, now, body, len(data), lying_in) if lying_in is not None else None  # type: ignore[arg-type]  # as above
-            end = self._write(segment, now, body, data) if record is None else segment.reserve(len(record))
-        if record is not None:
+            framed = self._frame(segment, now, body, len(data), lying_in) if lying_in is not None else None  # type: ignore[arg-type]  # as above
+            if framed is None:
+                end = self._write(segment, now, body, data)
+            else:
+                record, front, within = framed
+                end = segment.reserve(len(record))
+                key, sequence = self._key, self._sequence
+        if framed is not None:
             segment.write_blocks(record, end)  # others write behind it meanwhile
-        segment.sync(end)
+            self._recents.put(key, (sequence, end - len(record)), front, within, memoryview(data))
+        segment.sync(end, of_blocks=framed is not None)
         self._on_commit()
         return now
 
@@ -142,8 +151,13 @@ class JournalWriter:
         head = journal.encode(self._key, place, now, body, len(data))  # type: ignore[arg-type]  # as above
         return segment.write((head, body, data) if data else (head, body))
 
-    def _frame(self, segment: Segment, now: datetime, body: bytes, size: int, buffer: BlockBuffer) -> memoryview | None:
-        """Make the record whole blocks, for the next place in the segment; None if that takes none, or none so long."""
+    def _frame(
+        self, segment: Segment, now: datetime, body: bytes, size: int, buffer: BlockBuffer
+    ) -> tuple[memoryview, bytes, int] | None:
+        """Make the record whole blocks, for the next place in the segment; give its front and what it leaves out also.
+
+        None if the segment takes none, or none so long.
+        """
         front = to_blocks(journal.HEAD_LENGTH + len(body))
         if not (buffer.takes(front) and segment.takes_blocks(front + to_blocks(size))):
             return None
@@ -156,7 +170,7 @@ class JournalWriter:
             behind=to_blocks(size) - size,
         )
         head = journal.encode(self._key, place, now, body, size)
-        return buffer.frame((head + body).ljust(front, b"\0"), size)
+        return buffer.frame((head + body).ljust(front, b"\0"), size), head + body, place.within
 
     def _usable(self, size: int) -> Segment:
         """Give the segment to append to: the present one, or a new one when it is broken or full."""

@@ -1,8 +1,8 @@
 """The segment being written: a shared sync, over blocks that were written before wherever that pays.
 
 Group commit: the first thread that waits finds no sync under way and syncs for all that have written; those who come
-meanwhile wait for the next. It begins a moment later where others are about to write (`Gathering`); each is woken by a
-lock of its own.
+meanwhile wait for the next, or, where what they wrote is large, begin a second one. Among small ones it begins a moment
+later where others are about to write (`Gathering`). Each is woken by a lock of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ MOST_READY = 16
 # follow lie in blocks that exist, and their sync has no size and no block to record. Larger ones would gain nothing.
 _LAID = bytes(512 * 2**10)
 _SMALL_BYTES = 64 * 2**10
+# So much is allocated at a time in a new file, for records past the cache: a sync then records that blocks have been
+# written, but no size, and a third of the processor time of the cache is left. What is not used stays allocated.
+_ALLOCATED_BYTES = 8 * 2**20
 
 
 class Segment:
@@ -51,14 +54,13 @@ class Segment:
         self.broken = False
         self._on_synced = on_synced
         self._mutex = threading.Lock()
-        self._leading = False
         self._gathering = Gathering()
         # Up to where, by which lock, and who.
         self._waiting: list[tuple[int, threading.Lock, int]] = []
         # What is reserved and being written: by its end, where what lies before it ends.
         self._filling: dict[int, int] = {}
-        # How far the file's blocks have been written, by this use of it or an older one.
-        self._laid = 0 if ready is None else ready.stat().st_size
+        # How far the file's blocks have been written, by this use of it or an older one, and how far there are any.
+        self._laid = self._allocated = 0 if ready is None else ready.stat().st_size
         path = segment_path(folder, number)
         with effect("journal.rotate"):
             if ready is not None:
@@ -66,21 +68,26 @@ class Segment:
             self._file = os.open(path, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if ready is None else 0), 0o600)
             try:
                 sync_folder(folder)
-                self._past_cache = -1 if ready is None else open_past_cache(path, os.O_WRONLY)
+                self._past_cache = open_past_cache(path, os.O_WRONLY)
             except OSError:
                 os.close(self._file)
                 raise
+        # By which a sync may begin. Each under way has an open file to itself, which the kernel tells what failed.
+        self._open = [self._file, self._past_cache] if self._past_cache >= 0 else [self._file]
+        self._idle = list(self._open)
 
     def write(self, parts: Sequence[Buffer]) -> int:
         """Append the parts as one record; give the offset to sync up to."""
         offset, wanted = self.size, sum(map(len, parts))  # type: ignore[arg-type]  # bytes and bytearrays
-        lay = offset + wanted > self._laid and wanted <= _SMALL_BYTES
+        # Where large ones come as well, zeros would only be in their way.
+        lay = offset + wanted > self._allocated and self._allocated <= self._laid and wanted <= _SMALL_BYTES
         try:
             with effect("journal.write"):
                 done = os.pwritev(self._file, [*parts, _LAID] if lay else parts, offset)
                 if done < wanted:
                     self._write_rest(b"".join(parts), offset, done)
                 self._laid = max(self._laid, offset + done, offset + wanted)
+                self._allocated = max(self._allocated, self._laid)
         except OSError:
             self.broken = True
             self._wake_all()
@@ -94,8 +101,20 @@ class Segment:
         return to_blocks(self.size) - self.size
 
     def takes_blocks(self, count: int) -> bool:
-        """Tell whether so many bytes, whole blocks, may be written past the cache, over blocks written before."""
-        return self._past_cache >= 0 and self.size + self.gap + count <= self._laid
+        """Tell whether so many bytes, whole blocks, may be written past the cache; see that there are blocks for them."""
+        end = self.size + self.gap + count
+        return self._past_cache >= 0 and (end <= self._allocated or self._allocate(end))
+
+    def _allocate(self, end: int) -> bool:
+        """Have blocks up to `end`, and for some records more; tell whether there are."""
+        wanted = max(end, min(self._allocated + _ALLOCATED_BYTES, SEGMENT_BYTES))
+        try:
+            with effect("journal.allocate"):
+                os.posix_fallocate(self._file, self._allocated, wanted - self._allocated)
+        except OSError:
+            return False  # the record is appended through the cache, and fails there if it must
+        self._allocated = wanted
+        return True
 
     def reserve(self, count: int) -> int:
         """Keep a place behind the gap for what `write_blocks` must then write; give the offset of its end."""
@@ -137,8 +156,12 @@ class Segment:
         while done < len(rest):
             done += os.pwrite(self._file, rest[done:], offset + done)
 
-    def sync(self, end: int) -> None:
-        """Return when everything up to `end` is durable; raises OSError when it cannot be."""
+    def sync(self, end: int, *, of_blocks: bool = False) -> None:
+        """Return when everything up to `end` is durable; raises OSError when it cannot be.
+
+        Who has written blocks waits for nobody else to write, and may sync beside another: so large a write seldom
+        comes together with others.
+        """
         self._gathering.came()
         while True:
             with self._mutex:
@@ -146,18 +169,22 @@ class Segment:
                     return
                 if self.broken and not self._leading:
                     raise OSError(errno.EIO, "the segment was given up")
-                gate = self._wait_or_lead(end)
-            if gate is None:
-                self._lead()
+                turn = self._wait_or_lead(end, of_blocks=of_blocks)
+            if isinstance(turn, int):
+                self._lead(turn, gathers=not of_blocks)
             else:
-                gate.acquire()
+                turn.acquire()
 
-    def _wait_or_lead(self, end: int) -> threading.Lock | None:
-        """Give the lock to wait on, or None when the caller is to sync. Called with the mutex."""
-        if self._leading or self._written() < end:
+    @property
+    def _leading(self) -> bool:
+        return len(self._idle) < len(self._open)
+
+    def _wait_or_lead(self, end: int, *, of_blocks: bool = False) -> threading.Lock | int:
+        """Give the lock to wait on, or the open file by which the caller is to sync. Called with the mutex."""
+        taken = not self._idle if of_blocks else self._leading
+        if taken or self.broken or self._written() < end:
             return self._gate(end)
-        self._leading = True
-        return None
+        return self._idle.pop()
 
     def _gate(self, end: int) -> threading.Lock:
         """Make a lock that is released when there is news for who waits for `end`. Called with the mutex."""
@@ -166,8 +193,9 @@ class Segment:
         self._waiting.append((end, gate, threading.get_ident()))
         return gate
 
-    def _lead(self) -> None:
-        self._gathering.wait()
+    def _lead(self, file: int, *, gathers: bool = True) -> None:
+        if gathers:
+            self._gathering.wait()
         with self._mutex:
             # What failed meanwhile is not being written any more, and is not written either.
             mark = self.synced if self.broken else self._written()
@@ -175,20 +203,20 @@ class Segment:
         self._gathering.begin(waiting)
         try:
             with effect("journal.sync"):
-                os.fdatasync(self._file)
+                os.fdatasync(file)
         except OSError:
             self.broken = True
             mark = self.synced
         self._gathering.end()
-        self._let_go(mark)
+        self._let_go(mark, file)
 
-    def _let_go(self, mark: int) -> None:
+    def _let_go(self, mark: int, file: int) -> None:
         """Note what was synced; wake whose bytes it covers, and one of the others to lead the next."""
         with self._mutex:
+            self._idle.append(file)
             if mark > self.synced:
                 self.synced = mark
                 self._on_synced(self.number, mark)
-            self._leading = False
             rest = [] if self.broken else [one for one in self._waiting if one[0] > mark]
             woken = self._waiting if self.broken else [one for one in self._waiting if one[0] <= mark]
             # Who waits for what is still being written leaves it to those who write.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -28,7 +29,8 @@ _TOLERANCE = 12
 # Such a PDV is received where it is to lie; and with it no more than what begins the next one. Where a data set had
 # one, no more is received of what follows than a command set.
 _LONG_BYTES = 32 * 1024
-_NEXT_BYTES = pdu.HEADER.size + pdu.PDV.size
+_NEXT = struct.Struct(f"{pdu.HEADER.format}{pdu.PDV.format[1:]}")
+_NEXT_BYTES = _NEXT.size
 _COMMAND_BYTES = 512
 _OTHER_PDU = 4
 
@@ -225,9 +227,29 @@ class Stream:
         if unfinished:
             self._pace.begin()
         count = self._receive(self._deadlines.stall_s if unfinished else self._deadlines.idle_s)
-        if unfinished and self._pace.is_slow(count):
-            raise StalledError("stalled")
-        return count > 0
+        while True:
+            if unfinished and self._pace.is_slow(count):
+                raise StalledError("stalled")
+            if count <= 0 or not self._goes_on():
+                return count > 0
+            count = self._receive(self._deadlines.stall_s)
+
+    def _goes_on(self) -> bool:
+        """Open a PDV of which only the header is there, where it goes on with the data set and is long like the last.
+
+        Nearly all of a large data set comes so; whatever is otherwise is looked at from the beginning.
+        """
+        if self._pdv_left or self._end != _NEXT_BYTES or not self._long or self._start or self._pdu_left:
+            return False
+        if not self._inside or self._control & (pdu.COMMAND | pdu.LAST):
+            return False
+        kind, length, pdv_length, context, control = _NEXT.unpack_from(self._buffer)
+        if kind != pdu.P_DATA or length > self._max_length or pdv_length != length - 4:
+            return False
+        if context != self._data_context or control & pdu.COMMAND or pdv_length - 2 < _LONG_BYTES:
+            return False
+        self._end, self._pdv_left, self._control = 0, pdv_length - 2, control
+        return True
 
     def _receive(self, patience_s: float) -> int:
         since = time.monotonic()

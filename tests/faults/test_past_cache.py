@@ -70,7 +70,8 @@ def stored(folder: Path) -> list[journal.Entry]:
     for one in entries:
         data = data_of(one.fields["number"])
         assert store.read(ObjectRef(**one.fields["object"])) == data
-        assert one.head == data[: journal.HEAD_BYTES]
+        assert data.startswith(one.head)
+        assert len(one.head) >= min(len(data), journal.HEAD_BYTES // 3)
     return entries
 
 
@@ -85,6 +86,14 @@ def ready(folder: Path, count: int, size: int = segments.SEGMENT_BYTES) -> None:
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "journal" / "w0"
     ready(folder, 1)
+    return folder
+
+
+@pytest.fixture(params=["over an older use", "in a new file"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a log, with a file to be written over or without."""
+    folder = tmp_path / "journal" / "w0"
+    ready(folder, 1 if request.param == "over an older use" else 0)
     return folder
 
 
@@ -103,8 +112,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_what_several_wrote_at_once_is_read_as_any(folder: Path, written: list[int]) -> None:
+def test_what_several_wrote_at_once_is_read_as_any(either: Path, written: list[int]) -> None:
     """Bites: do not say what is left out before a record, and reading finds damage there."""
+    folder = either
     writer = JournalWriter(folder, ManualClock(MOMENT))
     told, refused = append_from_threads(writer)
     assert not refused
@@ -118,13 +128,38 @@ def test_what_several_wrote_at_once_is_read_as_any(folder: Path, written: list[i
     writer.close()
 
 
-def test_a_new_file_is_written_through_the_cache(tmp_path: Path, written: list[int]) -> None:
+def test_where_nothing_can_be_allocated_it_goes_through_the_cache(
+    tmp_path: Path, written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "journal" / "w0"
     writer = JournalWriter(folder, ManualClock(MOMENT))
-    append(writer, 1, BlockBuffer(LARGEST))
-    assert written == []
-    assert len(stored(folder)) == 1
+
+    def allocate(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(segments.os, "posix_fallocate", allocate)
+    large = [number for number in range(60) if number % 3]
+    for number in large:
+        append(writer, number, BlockBuffer(LARGEST))
+    size = segment_path(folder, 1).stat().st_size
+    assert sum(written) < 2**20, "only what the first record laid is written over"
+    monkeypatch.undo()
+    append(writer, 61, BlockBuffer(LARGEST))
+    assert segment_path(folder, 1).stat().st_size > size + 2**22, "it is not tried again"
+    assert [one.fields["number"] for one in stored(folder)] == [*large, 61]
     writer.close()
+
+
+def test_a_new_file_holds_little_more_than_what_is_in_it(tmp_path: Path) -> None:
+    """Bites: allocate a whole segment for the first record."""
+    folder = tmp_path / "journal" / "w0"
+    writer = JournalWriter(folder, ManualClock(MOMENT))
+    for number in range(60):
+        append(writer, number, BlockBuffer(LARGEST))
+    writer.close()
+    held = segment_path(folder, 1).stat()
+    assert stored(folder)[-1].after.offset <= held.st_size
+    assert held.st_blocks * 512 <= stored(folder)[-1].after.offset + 2**23 + 2**19
 
 
 def faulty(rng: random.Random, real: Callable[..., int]) -> Callable[..., int]:
@@ -142,9 +177,10 @@ def faulty(rng: random.Random, real: Callable[..., int]) -> Callable[..., int]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_told_success_is_lost_when_writes_fail(
-    seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, either: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F05. Bites: sync up to the last that was reserved, whether or not those before it are written."""
+    folder = either
     ready(folder, 20, 2**20)
     writer = JournalWriter(folder, ManualClock(MOMENT))
     monkeypatch.setattr(segments.os, "pwrite", faulty(random.Random(seed), os.pwrite))
@@ -204,7 +240,8 @@ def test_a_sync_under_way_does_not_take_in_what_failed_meanwhile(folder: Path, m
     before = segment.write([b"x" * 100])
     record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
     end = segment.reserve(len(record))
-    assert segment._wait_or_lead(before) is None, "it is to lead the sync"
+    file = segment._wait_or_lead(before)
+    assert isinstance(file, int), "it is to lead the sync"
 
     def pwrite(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -212,7 +249,7 @@ def test_a_sync_under_way_does_not_take_in_what_failed_meanwhile(folder: Path, m
     monkeypatch.setattr(segments.os, "pwrite", pwrite)
     with pytest.raises(OSError, match="Input"):
         segment.write_blocks(record, end)
-    segment._lead()
+    segment._lead(file)
     assert segment.synced == 0
     with pytest.raises(OSError, match="given up"):
         segment.sync(before)
@@ -259,8 +296,9 @@ def test_a_sync_under_way_is_waited_for_when_another_write_fails(folder: Path, m
 
 @pytest.mark.parametrize("torn", ["head", "data", "all"])
 @pytest.mark.parametrize("number", [1, 4])
-def test_what_a_power_cut_left_half_written_is_passed_over(torn: str, number: int, folder: Path) -> None:
+def test_what_a_power_cut_left_half_written_is_passed_over(torn: str, number: int, either: Path) -> None:
     """It was not acknowledged, and what was written beside it is there. Bites: take the hole for damage."""
+    folder = either
     writer = JournalWriter(folder, ManualClock(MOMENT))
     buffer = BlockBuffer(LARGEST)
     for one in range(8):
@@ -285,15 +323,18 @@ def test_what_a_power_cut_left_half_written_is_passed_over(torn: str, number: in
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
-def test_killed_while_writing(side: str, folder: Path) -> None:
+@pytest.mark.parametrize("point", ["journal.writeblocks#7", "journal.allocate#2"])
+def test_killed_while_writing(side: str, point: str, tmp_path: Path) -> None:
     """Bites: acknowledge before the blocks are written."""
+    folder = tmp_path / "journal" / "w0"
+    ready(folder, 1 if "write" in point else 0)
     told = folder / "told"
     pid = os.fork()
     if pid == 0:
         writer = JournalWriter(folder, ManualClock(MOMENT))
-        crashpoints.arm(f"{side}:journal.writeblocks#7")
+        crashpoints.arm(f"{side}:{point}")
         buffer = BlockBuffer(LARGEST)
-        for number in range(30):
+        for number in range(90):
             append(writer, number, buffer)
             with told.open("a") as file:
                 file.write(f"{number}\n")
