@@ -62,6 +62,7 @@ ONLY_ON_FAILURE = {
     "retention.notice", "retention.mark",
     # compaction and preparing (test_compaction.py), and writing past the page cache (test_past_cache.py).
     "segment.forget", "segment.free", "segment.prepare", "segment.zeros", "segment.zerossynced", "journal.writeblocks",
+    "journal.allocate",
 }  # fmt: skip
 POINTS = [f"{side}:{name}" for name in EFFECTS if name not in ONLY_ON_FAILURE for side in ("before", "after")]
 

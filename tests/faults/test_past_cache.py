@@ -24,6 +24,7 @@ from clarion.testing.suites import MOMENT
 from gateway import journal, segments
 from gateway.blocks import BLOCK_BYTES, BlockBuffer
 from gateway.journal_writer import JournalWriter
+from gateway.recents import recents_path
 from gateway.segments import FREED, Segment
 
 LARGEST = 300_000
@@ -126,6 +127,105 @@ def test_what_several_wrote_at_once_is_read_as_any(either: Path, written: list[i
     writer = JournalWriter(folder, ManualClock(MOMENT))
     assert {one.fields["number"] for one in stored(folder)} == told
     writer.close()
+
+
+def test_what_was_just_written_does_not_come_from_the_disk(
+    either: Path, written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bites: read the segment; between the writes of what comes meanwhile that delays every answer."""
+    writer = JournalWriter(either, ManualClock(MOMENT))
+    numbers = [number for number in range(120) if number % 3]
+    for number in numbers:
+        append(writer, number, BlockBuffer(LARGEST))
+    read: list[str] = []
+    real = os.pread
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        name = Path(f"/proc/self/fd/{file}").readlink().name
+        read.append(name)
+        return real(file, size, offset)
+
+    monkeypatch.setattr(journal.os, "pread", pread)
+    found = [one.fields["number"] for one in journal.read(either, journal.START, 1000)]
+    monkeypatch.undo()
+    assert found == numbers
+    assert len(written) == len(numbers)
+    assert len([name for name in read if name != "recent"]) < 8, "the beginning of the segment, and the first ones"
+    recents_path(either).unlink()
+    assert [one.fields["number"] for one in stored(either)] == numbers
+    writer.close()
+
+
+def test_a_large_record_syncs_beside_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by an open file of its own. Bites: by the same, and the kernel tells one of them alone what failed."""
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
+    buffer = BlockBuffer(LARGEST)
+    ends = []
+    for _ in range(3):
+        record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
+        ends.append(segment.reserve(len(record)))
+        segment.write_blocks(record, ends[-1])
+    may_end = threading.Event()
+    going: list[int] = []
+    second = threading.Event()
+
+    def fdatasync(file: int) -> None:
+        going.append(file)
+        if len(going) == 2:
+            second.set()
+        may_end.wait(10)
+
+    monkeypatch.setattr(segments.os, "fdatasync", fdatasync)
+    threads = [threading.Thread(target=segment.sync, args=(end,), kwargs={"of_blocks": True}) for end in ends]
+    for one in threads:
+        one.start()
+    assert second.wait(10), "the second waits for the first"
+    pause(0.1)
+    assert len(going) == len(set(going)) == 2, "two at most, and not by one open file"
+    may_end.set()
+    for one in threads:
+        one.join(10)
+        assert not one.is_alive()
+    assert segment.synced == ends[-1]
+    segment.retire()
+
+
+def test_of_two_syncs_the_one_that_failed_counts_for_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
+    buffer = BlockBuffer(LARGEST)
+    record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
+    first = segment.reserve(len(record))
+    segment.write_blocks(record, first)
+    begun, may_fail = threading.Event(), threading.Event()
+
+    def fdatasync(_: int) -> None:
+        if not begun.is_set():
+            begun.set()
+            may_fail.wait(10)
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(segments.os, "fdatasync", fdatasync)
+    outcomes: dict[str, str] = {}
+
+    def sync(name: str, end: int) -> None:
+        try:
+            segment.sync(end, of_blocks=True)
+            outcomes[name] = "synced"
+        except OSError as error:
+            outcomes[name] = str(error)
+
+    failing = threading.Thread(target=sync, args=("failing", first))
+    failing.start()
+    assert begun.wait(10)
+    may_fail.set()
+    failing.join(10)
+    after = segment.reserve(len(record))
+    with pytest.raises(OSError, match="given up"):
+        segment.sync(after, of_blocks=True)
+    assert outcomes == {"failing": "[Errno 5] the segment was given up"}
+    assert segment.synced == 0
+    segment.write_blocks(record, after)
+    segment.retire()
 
 
 def test_where_nothing_can_be_allocated_it_goes_through_the_cache(
