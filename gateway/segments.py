@@ -101,7 +101,7 @@ class Segment:
         return to_blocks(self.size) - self.size
 
     def takes_blocks(self, count: int) -> bool:
-        """Tell whether so many bytes, whole blocks, may be written past the cache; have blocks for them where there are."""
+        """Tell whether so many bytes, whole blocks, may be written past the cache; allocate them if need be."""
         end = self.size + self.gap + count
         return self._past_cache >= 0 and (end <= self._allocated or self._allocate(end))
 
