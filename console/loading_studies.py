@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from clarion.dicom import split_part10
 from clarion.digests import digest_of
-from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError
+from clarion.errors import InvalidInstanceError, PeerRefusedError, PeerUnavailableError, UnreadableSeriesError
 from clarion.renaming import rename
 from console.sending import look_through
+from gateway.proposals import MOST_CLASSES
 from gateway.scu import Requestor, Timeouts
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ class StudyLoad:
         self._acknowledged = acknowledged
         self._progress = progress
         self._classes = {(one.sop_class, one.syntax) for one in files}
+        if len(self._classes) > MOST_CLASSES:
+            raise UnreadableSeriesError(
+                "too-many-kinds", f"in {folder} are more than {MOST_CLASSES} SOP classes and syntaxes; load a part"
+            )
         self._queue = _queue(files, order)
         self._next = 0
         self._lock = threading.Lock()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from clarion.dicom import read_header, split_part10
 from clarion.errors import InvalidInstanceError, UnreadableSeriesError
 from clarion.model import is_uid
+from gateway.proposals import share_out
 from gateway.scu import Requestor, Timeouts
 
 if TYPE_CHECKING:
@@ -59,27 +60,34 @@ def send_folder(
     acknowledged: Callable[[str], None] = lambda _uid: None,
     sent: Sent | None = None,
 ) -> Sent:
-    """Send every DICOM file below a folder on one association; what is not DICOM is named as skipped.
+    """Send every DICOM file below a folder, on as few associations as can be; what is not DICOM is named as skipped.
 
     `acknowledged` is told at each success; `sent` is filled as it goes, for who wants it when this raises.
     """
     files, found = look_through(folder)
     sent = sent if sent is not None else Sent()
     sent.skipped, sent.studies = found.skipped, found.studies
-    classes = {(one.sop_class, one.syntax) for one in files}
-    with Requestor(peer, own_ae=own_ae, classes=classes, timeouts=_TIMEOUTS) as requestor:
-        for number, one in enumerate(files, 1):
-            data, _ = split_part10(one.path.read_bytes())
-            status = requestor.store(data, sop_class=one.sop_class, sop_instance=one.sop_instance, syntax=one.syntax)
-            if status == _SUCCESS:
-                sent.acknowledged.append(one.sop_instance)
-                acknowledged(one.sop_instance)
-            else:
-                name = str(one.path.relative_to(folder)) if folder.is_dir() else one.path.name
-                said = Refused(file=name, sop_instance_uid=one.sop_instance, status=status, comment=requestor.comment)
-                sent.refused.append(said)
-            progress(number, len(files))
+    done = 0
+    for part in share_out(files, lambda one: [(one.sop_class, one.syntax)]):
+        classes = {(one.sop_class, one.syntax) for one in part}
+        with Requestor(peer, own_ae=own_ae, classes=classes, timeouts=_TIMEOUTS) as requestor:
+            for one in part:
+                _send_one(requestor, one, folder, sent, acknowledged)
+                done += 1
+                progress(done, len(files))
     return sent
+
+
+def _send_one(requestor: Requestor, one: File, folder: Path, sent: Sent, acknowledged: Callable[[str], None]) -> None:
+    data, _ = split_part10(one.path.read_bytes())
+    status = requestor.store(data, sop_class=one.sop_class, sop_instance=one.sop_instance, syntax=one.syntax)
+    if status == _SUCCESS:
+        sent.acknowledged.append(one.sop_instance)
+        acknowledged(one.sop_instance)
+    else:
+        name = str(one.path.relative_to(folder)) if folder.is_dir() else one.path.name
+        said = Refused(file=name, sop_instance_uid=one.sop_instance, status=status, comment=requestor.comment)
+        sent.refused.append(said)
 
 
 def look_through(folder: Path) -> tuple[list[File], Sent]:

@@ -34,8 +34,6 @@ _SUCCESS = 0x0000
 _UNRECOGNISED_OPERATION = 0x0211
 _PROCESSING_FAILURE = 0x0110
 _PENDING = frozenset((0xFF00, 0xFF01))
-# PS3.8 9.3.2: ids are odd and below 256. Three are for other than storage.
-_MOST_CLASSES = 125
 _SOP_INSTANCE = 0x00080018
 # What a peer says unasked on an idle association has to be whole within so long.
 _UNASKED_S = 1.0
@@ -74,7 +72,10 @@ class Requestor:
         on_report: Callable[[Report], None] | None = None,
         reports: bool = False,
     ) -> None:
-        """Associate; with `reports` as the SCP of storage commitment that reports a result, and for nothing else."""
+        """Associate; with `reports` as the SCP of storage commitment that reports a result, and for nothing else.
+
+        No more `classes` than one association can propose (`gateway.proposals`).
+        """
         self._name = destination.name
         self._on_report = on_report
         self._reported = False
@@ -82,7 +83,6 @@ class Requestor:
         self._message = 0
         self._dimse_s = timeouts.dimse_s
         proposed: list[tuple[str, tuple[str, ...]]] = [(one, (syntax,)) for one, syntax in sorted(set(classes))]
-        proposed = proposed[:_MOST_CLASSES]
         others = (STORAGE_COMMITMENT,) if reports else (VERIFICATION, STORAGE_COMMITMENT, STUDY_ROOT_FIND)
         proposed += [(one, _PLAIN) for one in others]
         self._contexts = [

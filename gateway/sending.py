@@ -23,6 +23,7 @@ from clarion.errors import (
     describe,
 )
 from gateway.pool import UnreachedError
+from gateway.proposals import share_out
 from gateway.statuses import CLASS_NOT_SUPPORTED, NO_ANSWER, UNSENDABLE, Outcome, classify
 from gateway.transcode import FALLBACKS, convert
 
@@ -93,6 +94,10 @@ class Sender:
 
     def send(self, destination: Destination, delivery_id: str, items: list[Item]) -> None:
         """Send instances; raises what stopped it: PeerUnavailableError, PeerRefusedError, StoreUnavailableError."""
+        for part in share_out(items, lambda one: _classes(destination, [one])):
+            self._send_part(destination, delivery_id, part)
+
+    def _send_part(self, destination: Destination, delivery_id: str, items: list[Item]) -> None:
         work = _Work(items, self._threshold, destination.name)
         classes = _classes(destination, items)
         with self._pool.lend(destination, classes) as lent:

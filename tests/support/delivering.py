@@ -7,7 +7,7 @@ import hashlib
 import io
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -106,10 +106,12 @@ class Rig:
         to: str = "pacs",
         delivery: str = "d",
         pixels: bytes = b"",
+        classes: Sequence[str] = (CTImageStorage,),
     ) -> None:
         instances = []
         for number in range(count):
             ds = data_set(number)
+            ds.SOPClassUID = classes[number % len(classes)]
             if pixels:
                 ds.PixelData = pixels
             data = encoded(ds)
@@ -118,7 +120,7 @@ class Rig:
                 ref = ObjectRef(location="memory:0", digest=hashlib.sha256(b"gone").hexdigest(), size_bytes=4)
             instances.append(ResultInstance(
                 output="o", modality="CT", study_uid=StudyUid("1.2"), series_uid=SeriesUid("1.2.3"),
-                sop_instance_uid=SopInstanceUid(f"1.2.3.{number}"), sop_class_uid=CTImageStorage,
+                sop_instance_uid=SopInstanceUid(f"1.2.3.{number}"), sop_class_uid=classes[number % len(classes)],
                 transfer_syntax_uid=EXPLICIT, object=ref,
             ))  # fmt: skip
         result_set = self.store.put(ResultSet(job_id=JobId("j"), instances=tuple(instances)).encode())
@@ -174,6 +176,7 @@ def peer(
     store: Callable[[str, int], int] = lambda *_: 0,
     find: Callable[[str], int] = lambda _: 0xFF00,
     *,
+    classes: Iterable[str] = (CTImageStorage,),
     syntaxes: tuple[str, ...] = (EXPLICIT,),
     most: int = 10,
     port: int | None = None,
@@ -209,7 +212,8 @@ def peer(
 
     ae = AE(ae_title="PACS")
     ae.maximum_associations = most
-    ae.add_supported_context(CTImageStorage, syntaxes)
+    for one in classes:
+        ae.add_supported_context(one, syntaxes)
     ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
     handlers = [
         (evt.EVT_C_STORE, on_store), (evt.EVT_C_FIND, on_find), (evt.EVT_ACCEPTED, on_accepted),
