@@ -10,7 +10,6 @@ import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -19,55 +18,17 @@ from support.dcmtk import storescu
 from support.processes import clarion
 from support.raw import CT, EXPLICIT, data_set
 from support.scp import serving
+from support.stow import HEADERS, TOKEN, Stow, listed, multipart
 from support.system import describe, running
 from support.world import free_port, make_series, pause, uid_of
 
-from clarion.adapters.clock import SystemClock
-from clarion.adapters.objects import FileStore
-from clarion.config import GatewayConfig
 from clarion.dicom import part10, split_part10
 from clarion.digests import digest_of
 from clarion.errors import ConfigError
-from clarion.model import Destination, ObjectRef, WebAccess
+from clarion.model import Destination, WebAccess
 from console.checks import check_config
-from console.stow_stage import StowStage
-from gateway import journal
 from gateway.scu import Requestor, Timeouts
 from gateway.web_peer import WebPeer
-
-TOKEN = "a-token-of-a-modality"
-HEADERS = {"Authorization": f"Bearer {TOKEN}"}
-
-
-class Stow:
-    def __init__(self, root: Path, **gateway: Any) -> None:
-        self.root, self.port = root, free_port()
-        described = {
-            "ae_titles": [{"ae_title": "B"}],
-            "intake": {"watermark_percent": 100, "reserve_gb": 0},
-            **gateway,
-            "stow": {"port": self.port, "clients": [{"ae_title": "WEB", "token": TOKEN}], **gateway.get("stow", {})},
-        }
-        self.stage = StowStage(GatewayConfig.model_validate(described), root, SystemClock())
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def post(self, *files: bytes, path: str = "/B/studies", **headers: str) -> httpx.Response:
-        body, kind = multipart(*files)
-        return httpx.post(
-            self.url + path, content=body, headers={**HEADERS, "Content-Type": kind, **headers}, timeout=30
-        )
-
-    def journalled(self) -> list[tuple[str, dict[str, Any]]]:
-        log = self.root / "journal" / "stow"
-        return [(one.kind, one.fields) for one in journal.read(log, journal.START, 10_000)]
-
-    def kept(self) -> dict[str, bytes]:
-        store = FileStore(self.root / "objects")
-        return {
-            fields["sop_instance_uid"]: store.read(ObjectRef(**fields["object"]))
-            for kind, fields in self.journalled()
-            if kind == "stored"
-        }
 
 
 @pytest.fixture
@@ -77,21 +38,9 @@ def stow(tmp_path: Path) -> Iterator[Stow]:
     one.stage.drain()
 
 
-def multipart(*files: bytes) -> tuple[bytes, str]:
-    body = b"".join(b"--bb\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % one for one in files) + b"--bb--\r\n"
-    return body, 'multipart/related; type="application/dicom"; boundary=bb'
-
-
 def file(uid: str, data: bytes | None = None) -> bytes:
     data = data_set(uid) if data is None else data
     return part10(data, sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT)
-
-
-def listed(answer: httpx.Response, sequence: str) -> list[tuple[str, int]]:
-    items = answer.json().get(sequence, {}).get("Value", [])
-    return [
-        (one.get("00081155", {}).get("Value", [""])[0], one.get("00081197", {}).get("Value", [0])[0]) for one in items
-    ]
 
 
 def test_what_is_acknowledged_is_kept_byte_for_byte_and_journalled_as_by_c_store(stow: Stow, tmp_path: Path) -> None:
