@@ -38,10 +38,13 @@ def _seal(key: bytes, parts: Sequence[bytes | memoryview]) -> bytes:
 
 
 class RecentWriter:
-    """Keeps the beginnings of the last records, by their sequence numbers. Safe from several threads."""
+    """Keeps the beginnings of the last records, by their sequence numbers. Safe from several threads.
+
+    It begins with none: of what an earlier writer kept, a power cut may have left more here than in the segment.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(recents_path(folder), os.O_WRONLY | os.O_CREAT, 0o600)
+        self._file = os.open(recents_path(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
     def put(self, key: bytes, place: tuple[int, int], front: bytes, left_out: int, data: memoryview) -> None:
         """Keep the beginning of a record, unless its front alone is too long. Never raises.
