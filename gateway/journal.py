@@ -180,7 +180,7 @@ def read(folder: Path, start: Position, limit: int) -> Iterator[Entry]:
 def _read_segment(folder: Path, number: int, offset: int, end: Position, numbers: list[int]) -> Iterator[Entry]:
     try:
         limit, torn = (end.offset, _NONE) if number == end.segment else _announced(folder, number, numbers)
-        file = SegmentFile(folder, number, RecentReader(folder))
+        file = SegmentFile(folder, number, recents=True)
     except FileNotFoundError:
         return
     with file:
@@ -222,13 +222,13 @@ def opening(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 class SegmentFile:
-    """A segment being read, what was just written from `recents`, which it closes. Raises FileNotFoundError."""
+    """A segment being read; what was just written from the `recents`, if asked to. Raises FileNotFoundError."""
 
-    def __init__(self, folder: Path, number: int, recents: RecentReader | None = None) -> None:
+    def __init__(self, folder: Path, number: int, *, recents: bool = False) -> None:
         self._log = folder.name
         self._number = number
-        self._recents = recents
         self._file = os.open(segment_path(folder, number), os.O_RDONLY)
+        self._recents = RecentReader(folder) if recents else None
         self._window, self._from, self._reach = b"", 0, _WINDOW
         # The sequence number of the record read last; whether the window holds the beginning of a recent one.
         self._sequence, self._recent = 0, False

@@ -139,8 +139,9 @@ class JournalWriter:
                 end = segment.reserve(len(record))
                 key, sequence = self._key, self._sequence
         if framed is not None:
-            segment.write_blocks(record, end)  # others write behind it meanwhile
+            # First, for the segment is not closed while a record is being written.
             self._recents.put(key, (sequence, end - len(record)), front, within, memoryview(data))
+            segment.write_blocks(record, end)  # others write behind it meanwhile
         segment.sync(end, of_blocks=framed is not None)
         self._on_commit()
         return now

@@ -44,14 +44,16 @@ class RecentWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(recents_path(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = -1
+        with contextlib.suppress(OSError):
+            self._file = os.open(recents_path(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
     def put(self, key: bytes, place: tuple[int, int], front: bytes, left_out: int, data: memoryview) -> None:
         """Keep the beginning of a record, unless its front alone is too long. Never raises.
 
         `key` is its segment's, `place` its sequence number and its offset; so much is left out behind its front.
         """
-        if _BEGIN + len(front) > SLOT_BYTES:
+        if self._file < 0 or _BEGIN + len(front) > SLOT_BYTES:
             return
         beginning = data[: SLOT_BYTES - _BEGIN - len(front)]
         parts = _SAID.pack(*place, len(front), left_out, len(beginning)), front, beginning
@@ -60,23 +62,23 @@ class RecentWriter:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
 
 
 class RecentReader:
     """Finds the beginnings of records; each may be overwritten while it is read, and is then not found."""
 
     def __init__(self, folder: Path) -> None:
-        try:
+        self._file = -1
+        with contextlib.suppress(OSError):
             self._file = os.open(recents_path(folder), os.O_RDONLY)
-        except FileNotFoundError:
-            self._file = -1
 
     def find(self, key: bytes, sequence: int, offset: int) -> bytes | None:
         """Give the beginning of the record with a sequence number at an offset, if it is here."""
-        if self._file < 0:
-            return None
-        slot = os.pread(self._file, SLOT_BYTES, sequence % SLOTS * SLOT_BYTES)
+        slot = b""
+        with contextlib.suppress(OSError):
+            slot = os.pread(self._file, SLOT_BYTES, sequence % SLOTS * SLOT_BYTES) if self._file >= 0 else b""
         if len(slot) < _BEGIN:
             return None
         *place, front, left_out, data = _SAID.unpack_from(slot, _SEAL_BYTES)

@@ -52,6 +52,7 @@ class Segment:
         self.size = 0
         self.synced = 0
         self.broken = False
+        self._sync_failed = False
         self._on_synced = on_synced
         self._mutex = threading.Lock()
         self._gathering = Gathering()
@@ -205,7 +206,8 @@ class Segment:
             with effect("journal.sync"):
                 os.fdatasync(file)
         except OSError:
-            self.broken = True
+            # A disk may tell one of two syncs alone that it lost what both were to cover.
+            self.broken = self._sync_failed = True
             mark = self.synced
         self._gathering.end()
         self._let_go(mark, file)
@@ -214,7 +216,7 @@ class Segment:
         """Note what was synced; wake whose bytes it covers, and one of the others to lead the next."""
         with self._mutex:
             self._idle.append(file)
-            if mark > self.synced:
+            if mark > self.synced and not self._sync_failed:
                 self.synced = mark
                 self._on_synced(self.number, mark)
             rest = [] if self.broken else [one for one in self._waiting if one[0] > mark]

@@ -203,11 +203,11 @@ class FileStore:
 
     def read_head(self, ref: ObjectRef, count: int) -> bytes:
         """Give up to `count` bytes from the beginning, not compared with the digest."""
-        wanted = min(count, ref.size_bytes)
+        wanted, head, broken = min(count, ref.size_bytes), None, None
         try:
             head = self._read_segment(ref, wanted)
-        except OSError:
-            head = None  # there may be a second copy
+        except OSError as error:
+            broken = error  # there may be a second copy
         if head is not None and len(head) == wanted:
             return head
         for place in self._places(ref):
@@ -217,7 +217,9 @@ class FileStore:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {error.strerror}") from error
+                broken = error
+        if broken is not None:
+            raise StoreUnavailableError(f"object {ref.digest[:23]} cannot be read: {broken.strerror}") from broken
         raise MissingObjectError(f"object {ref.digest[:23]} is not in the store")
 
     def _read_segment(self, ref: ObjectRef, count: int | None = None) -> bytes | None:

@@ -228,6 +228,45 @@ def test_of_two_syncs_the_one_that_failed_counts_for_nobody(folder: Path, monkey
     segment.retire()
 
 
+def test_what_one_sync_lost_the_other_does_not_acknowledge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails one flush and drops what was in it may carry out the next. Bites: publish the other's mark."""
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
+    buffer = BlockBuffer(LARGEST)
+    ends = []
+    for _ in range(2):
+        record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
+        ends.append(segment.reserve(len(record)))
+        segment.write_blocks(record, ends[-1])
+    both, failed = threading.Barrier(2), threading.Event()
+
+    def fdatasync(_: int) -> None:
+        if both.wait(10) == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        failed.wait(10)
+
+    monkeypatch.setattr(segments.os, "fdatasync", fdatasync)
+    told: list[str] = []
+
+    def sync(end: int) -> None:
+        try:
+            segment.sync(end, of_blocks=True)
+            told.append("synced")
+        except OSError:
+            told.append("given up")
+
+    threads = [threading.Thread(target=sync, args=(end,)) for end in ends]
+    for one in threads:
+        one.start()
+    while not segment.broken:
+        pause(0.01)
+    failed.set()
+    for one in threads:
+        one.join(10)
+    assert told == ["given up", "given up"]
+    assert segment.synced == 0
+    segment.retire()
+
+
 def test_where_nothing_can_be_allocated_it_goes_through_the_cache(
     tmp_path: Path, written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +326,7 @@ def test_nothing_told_success_is_lost_when_writes_fail(
     told, refused = append_from_threads(writer)
     monkeypatch.undo()
     assert len(told) + refused == THREADS * EACH
-    assert refused < 10, "each is written anew, through the cache; it fails when another one fails beside that as well"
+    assert refused < 20, "each is written anew, through the cache; it fails when another one fails beside that as well"
     assert len(journal.segments(folder)) > 1, "no segment was given up"
     assert {one.fields["number"] for one in stored(folder)} >= told
     writer.close()

@@ -92,6 +92,28 @@ def test_a_front_that_is_too_long_is_left_to_the_segment(tmp_path: Path) -> None
     writer.close()
 
 
+def test_a_ring_that_cannot_be_had_hurts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bites: let its errors through, and a bad sector in what nobody needs stops grouping."""
+    recents_path(tmp_path).mkdir()
+    writer = RecentWriter(tmp_path)
+    writer.put(KEY, PLACE, FRONT, 0, memoryview(DATA))
+    writer.close()
+    recents_path(tmp_path).rmdir()
+    writer = RecentWriter(tmp_path)
+    writer.put(KEY, PLACE, FRONT, 0, memoryview(DATA))
+    reader = RecentReader(tmp_path)
+
+    def pread(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", pread)
+    assert reader.find(KEY, *PLACE) is None
+    monkeypatch.undo()
+    assert reader.find(KEY, *PLACE) is not None
+    reader.close()
+    writer.close()
+
+
 def test_a_disk_that_is_full_hurts_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pwritev(*_: object) -> int:
         raise OSError(28, "No space left on device")
