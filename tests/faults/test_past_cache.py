@@ -156,15 +156,19 @@ def test_what_was_just_written_does_not_come_from_the_disk(
     writer.close()
 
 
+def written_over(folder: Path, count: int) -> tuple[Segment, list[int]]:
+    """Give a segment with so many records of blocks, none of them synced, and where each ends."""
+    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
+    record = BlockBuffer(LARGEST).frame(b"h" * BLOCK_BYTES, 70_000)
+    ends = [segment.reserve(len(record)) for _ in range(count)]
+    for end in ends:
+        segment.write_blocks(record, end)
+    return segment, ends
+
+
 def test_a_large_record_syncs_beside_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by an open file of its own. Bites: by the same, and the kernel tells one of them alone what failed."""
-    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
-    buffer = BlockBuffer(LARGEST)
-    ends = []
-    for _ in range(3):
-        record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
-        ends.append(segment.reserve(len(record)))
-        segment.write_blocks(record, ends[-1])
+    segment, ends = written_over(folder, 3)
     may_end = threading.Event()
     going: list[int] = []
     second = threading.Event()
@@ -230,13 +234,7 @@ def test_of_two_syncs_the_one_that_failed_counts_for_nobody(folder: Path, monkey
 
 def test_what_one_sync_lost_the_other_does_not_acknowledge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails one flush and drops what was in it may carry out the next. Bites: publish the other's mark."""
-    segment = Segment(folder, 1, folder / f"{FREED}0", lambda *_: None)
-    buffer = BlockBuffer(LARGEST)
-    ends = []
-    for _ in range(2):
-        record = buffer.frame(b"h" * BLOCK_BYTES, 70_000)
-        ends.append(segment.reserve(len(record)))
-        segment.write_blocks(record, ends[-1])
+    segment, ends = written_over(folder, 2)
     both, failed = threading.Barrier(2), threading.Event()
 
     def fdatasync(_: int) -> None:
